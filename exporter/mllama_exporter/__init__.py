@@ -1,0 +1,1 @@
+"""The exporter of mllama-deploy: checkpoint -> graphs -> validated bundle."""
