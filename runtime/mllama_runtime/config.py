@@ -6,6 +6,10 @@ The exporter fills these from a checkpoint's config.json; the manifest carries t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+MaskSemantics = Literal["hf", "meta"]
+"""What a cross-attention layer does for a token that sees no picture: transformers' way or Meta's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,58 @@
+"""ONNX operators that torch has no single operation for, as traceable calls.
+
+Under tracing each call becomes exactly one node of the operator it names; run eagerly they return zeros, so nothing
+here computes. Operator semantics: https://onnx.ai/onnx/operators/.
+
+Dimensions: B batch, S new tokens, H query heads, G key/value heads, C cache length, D head_dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+_FLOAT = 1  # TensorProto.FLOAT: softmax and normalisation accumulate in float32 whatever the graph's precision
+
+
+def _node(
+    name: str, inputs: list[Tensor | None], attrs: dict[str, int | float], *, like: Tensor, version: int
+) -> Tensor:
+    return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=like.dtype, shape=like.shape, version=version)
+
+
+class RMSNorm(nn.Module):
+    """RMSNormalization over the last axis, accumulated in float32 (https://arxiv.org/abs/1910.07467)."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        attrs: dict[str, int | float] = {"axis": -1, "epsilon": self.eps, "stash_type": _FLOAT}
+        return _node("RMSNormalization", [x, self.weight], attrs, like=x, version=23)
+
+
+def rotary_embedding(x: Tensor, cos: Tensor, sin: Tensor, *, num_heads: int) -> Tensor:
+    """Rotate the halves of every head: x [B, S, H*D], cos and sin [B, S, D/2] -> [B, S, H*D]."""
+    return _node("RotaryEmbedding", [x, cos, sin], {"num_heads": num_heads}, like=x, version=23)
+
+
+def tensor_scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tensor:
+    """Write update [B, G, S, D] into cache [B, G, C, D] from position write_indices [B] on -> [B, G, C, D]."""
+    return _node("TensorScatter", [cache, update, write_indices], {"axis": 2}, like=cache, version=24)
+
+
+def cached_attention(query: Tensor, key: Tensor, value: Tensor, kv_lengths: Tensor) -> Tensor:
+    """Causal attention of query [B, H, S, D] over the first kv_lengths [B] entries of a cache [B, G, C, D].
+
+    The causal frontier is aligned to the bottom right: the last new token sits at position kv_lengths - 1.
+    """
+    attrs: dict[str, int | float] = {"is_causal": 1, "scale": query.shape[-1] ** -0.5, "softmax_precision": _FLOAT}
+    return _node("Attention", [query, key, value, None, None, None, kv_lengths], attrs, like=query, version=24)
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention of query [B, H, S, D] over key, value [B, G, R, D] where the boolean mask [B, 1, S, R] is true."""
+    attrs: dict[str, int | float] = {"scale": query.shape[-1] ** -0.5, "softmax_precision": _FLOAT}
+    return _node("Attention", [query, key, value, mask], attrs, like=query, version=24)
