@@ -94,3 +94,84 @@ class ModelConfig:
     vision: VisionConfig
     text: TextConfig
     image_token_id: int
+
+
+_MAX_SIZE = 2**20  # of any size without a limit of its own: far beyond every model, far below any trouble
+_MAX_SIZES: Mapping[str, int] = {
+    "num_layers": 1024,
+    "num_global_layers": 1024,
+    "num_heads": 1024,
+    "image_size": 2**13,
+    "max_num_tiles": 64,
+    "vocab_size": 2**24,
+    "max_seq_len": 2**24,
+}
+
+
+def check_model(config: ModelConfig, *, where: object, error: type[InputError]) -> None:
+    """Refuse dimensions that contradict each other or are absurd, before anything is allocated by them.
+
+    Raises:
+        error: naming `where` and the field, with what was found and expected.
+    """
+
+    def need(right: bool, field: str, expected: str, found: object) -> None:
+        if not right:
+            raise error("impossible model dimension", where=f"{where}: {field}", expected=expected, found=found)
+
+    vision, text = config.vision, config.text
+    for part, record in (("vision", vision), ("text", text)):
+        for item in fields(record):
+            value = getattr(record, item.name)
+            if type(value) is int:
+                limit = _MAX_SIZES.get(item.name, _MAX_SIZE)
+                need(1 <= value <= limit, f"{part}.{item.name}", f"1 to {limit}", value)
+        heads = record.num_heads
+        need(record.hidden_size % heads == 0, f"{part}.num_heads", f"a divisor of {record.hidden_size}", heads)
+    _check_vision(vision, need)
+    _check_text(text, need)
+    limit = text.num_embeddings
+    need(0 <= config.image_token_id < limit, "image_token_id", f"0 to {limit - 1}", config.image_token_id)
+
+
+_Need = Callable[[bool, str, str, object], None]
+
+
+def _check_vision(vision: VisionConfig, need: _Need) -> None:
+    side, patch = vision.image_size, vision.patch_size
+    need(side % patch == 0, "vision.patch_size", f"a divisor of the image size {side}", patch)
+    need(vision.num_channels == 3, "vision.num_channels", "3", vision.num_channels)
+    need(0 < vision.norm_eps < 1, "vision.norm_eps", "between 0 and 1", vision.norm_eps)
+    taken = vision.intermediate_layers_indices
+    expected = f"increasing layers from 0 to {vision.num_layers - 1}"
+    need(_increasing(taken, vision.num_layers), "vision.intermediate_layers_indices", expected, taken)
+    ratios, tiles = vision.supported_aspect_ratios, vision.max_num_tiles
+    right = bool(ratios) and len(set(ratios)) == len(ratios)
+    right = right and all(high > 0 and wide > 0 and high * wide <= tiles for high, wide in ratios)
+    need(right, "vision.supported_aspect_ratios", f"different canvases of 1 to {tiles} tiles", ratios)
+
+
+def _check_text(text: TextConfig, need: _Need) -> None:
+    need(
+        text.num_heads % text.num_kv_heads == 0,
+        "text.num_kv_heads",
+        f"a divisor of {text.num_heads}",
+        text.num_kv_heads,
+    )
+    need(text.head_dim % 2 == 0, "text.num_heads", "an even size per head, for rotary embedding", text.num_heads)
+    need(0 < text.rms_norm_eps < 1, "text.rms_norm_eps", "between 0 and 1", text.rms_norm_eps)
+    cross = text.cross_attention_layers
+    right = bool(cross) and _increasing(cross, text.num_layers)
+    need(right, "text.cross_attention_layers", f"increasing layers from 0 to {text.num_layers - 1}", cross)
+    rope = text.rope
+    need(rope.rope_type in ("default", "llama3"), "text.rope.rope_type", "default or llama3", repr(rope.rope_type))
+    need(0 < rope.theta < math.inf, "text.rope.theta", "a positive number", rope.theta)
+    need(0 < rope.factor < math.inf, "text.rope.factor", "a positive number", rope.factor)
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    need(0 < low < high < math.inf, "text.rope.low_freq_factor", f"above 0 and below {high}", low)
+    original = rope.original_max_position_embeddings
+    need(0 < original <= _MAX_SIZES["max_seq_len"], "text.rope.original_max_position_embeddings", "positive", original)
+
+
+def _increasing(layers: tuple[int, ...], num_layers: int) -> bool:
+    return all(0 <= layer < num_layers for layer in layers) and list(layers) == sorted(set(layers))
