@@ -1,13 +1,12 @@
 """A Hugging Face checkpoint folder on disk: which tensors it holds, whether they are the model's, and their bytes.
 
-Reads shard headers once and tensor bytes on demand; `weights` streams through here, and `hf_config` gives the dimensions
-that say which tensors there must be. Names are always the published spelling, whichever one the shards use.
+Reads shard headers once and tensor bytes on demand; `weights` streams through here, and the dimensions from `hf_config`
+say which tensors there must be. Names are always the published spelling, whichever one the shards use.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 from collections import Counter
@@ -19,9 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-
 from mllama_runtime.config import ModelConfig, TextConfig, VisionConfig
-from mllama_runtime.errors import CheckpointError
+from mllama_runtime.errors import CheckpointError, UsageError
 from mllama_runtime.fields import show
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
 
@@ -96,7 +94,7 @@ class Checkpoint:
         """Reads config.json, the index and every shard's header.
 
         Raises:
-            CheckpointError: a file is absent, truncated or malformed; index and shards disagree; the weights are pickled.
+            CheckpointError: a file is absent, truncated or malformed, index and shards disagree, the weights are pickled.
         """
         paths, weight_map = _shard_paths(folder)
         identities = {path: _Identity.of(path) for path in (folder / "config.json", *paths)}
@@ -145,7 +143,10 @@ class Checkpoint:
         info = self.info(name)
         if info.dtype not in NUMPY_DTYPES:
             raise CheckpointError(
-                "not a float tensor", where=f"{self.folder}: {name}", expected=" or ".join(NUMPY_DTYPES), found=info.dtype
+                "not a float tensor",
+                where=f"{self.folder}: {name}",
+                expected=" or ".join(NUMPY_DTYPES),
+                found=info.dtype,
             )
         array = np.empty(info.shape, NUMPY_DTYPES[info.dtype])
         self.read_into(name, 0, array)
@@ -160,8 +161,8 @@ class Checkpoint:
             CheckpointError: the file cannot be read, or ends too early.
         """
         stored = self._stored(name)
-        rest = memoryview(out.reshape(-1).view(np.uint8))
-        expected, position = len(rest), stored.info.offset + offset
+        rest = out.reshape(-1).view(np.uint8).data
+        expected, position = len(rest), stored.info.offset_bytes + offset
         try:
             with stored.path.open("rb", buffering=0) as file:
                 while rest and (count := os.preadv(file.fileno(), [rest], position)):
@@ -181,7 +182,7 @@ class Checkpoint:
         for shard in self.shards:
             digest.update(f"\n{shard.path.name} {shard.size_bytes}".encode())
             for info in sorted(shard.tensors.values(), key=lambda info: info.name):
-                digest.update(f"\n{info.name} {info.dtype} {info.shape} {info.offset}".encode())
+                digest.update(f"\n{info.name} {info.dtype} {info.shape} {info.offset_bytes}".encode())
         return digest.hexdigest()
 
     def assert_unchanged(self) -> None:
@@ -209,10 +210,16 @@ def listed(items: Iterable[str]) -> str:
 
 
 def truncate(config: ModelConfig, num_layers: int) -> ModelConfig:
-    """The model of the first `num_layers` text layers, cross-attention layers among them kept."""
-    if not 0 < num_layers <= config.text.num_layers:
-        raise CheckpointError(
-            "so many layers cannot be kept", where="layers", expected=f"1 to {config.text.num_layers}", found=num_layers
+    """The model of the first `num_layers` text layers, cross-attention layers among them kept.
+
+    Raises:
+        UsageError: there are not so many layers, or none left would see the picture.
+    """
+    low, high = config.text.cross_attention_layers[0] + 1, config.text.num_layers
+    if not low <= num_layers <= high:
+        hint = f"layer {low - 1} is the first that sees the picture"
+        raise UsageError(
+            "a model cannot be cut to this", where="layers", expected=f"{low} to {high}", found=num_layers, hint=hint
         )
     cross = tuple(layer for layer in config.text.cross_attention_layers if layer < num_layers)
     return replace(config, text=replace(config.text, num_layers=num_layers, cross_attention_layers=cross))
@@ -336,13 +343,11 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], shards: Iterable[T
 
 def _collect(shards: tuple[TensorFile, ...]) -> dict[str, _Stored]:
     """Every tensor under its published name."""
-    stored = [(published_name(info.name), _Stored(shard.path, info)) for shard in shards for info in shard.tensors.values()]
+    stored = [
+        (published_name(info.name), _Stored(shard.path, info)) for shard in shards for info in shard.tensors.values()
+    ]
     counts = Counter(name for name, _ in stored)
     if twice := [show(name) for name, count in counts.items() if count > 1]:
         where = shards[0].path.parent
         raise CheckpointError(f"tensors are stored twice, in two shards or two spellings: {listed(twice)}", where=where)
     return dict(stored)
-
-
-def num_elements(shape: Shape) -> int:
-    return math.prod(shape)

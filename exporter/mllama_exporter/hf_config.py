@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import cast
 
 from mllama_runtime.config import ModelConfig, RopeConfig, TextConfig, VisionConfig, check_model
 from mllama_runtime.errors import CheckpointError
@@ -18,8 +19,7 @@ logger = logging.getLogger(__name__)
 Json = dict[str, object]
 
 _MAX_JSON_BYTES = 64 << 20  # an index of a hundred thousand tensors is a tenth of this
-_MAX_SIZE = 1 << 24  # no dimension of a real model comes near; keeps every product far inside 64 bits
-_MAX_LAYERS = 1024
+_DEFAULT_CROSS_LAYERS = (3, 8, 13, 18, 23, 28, 33, 38)
 _DEFAULT_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 
 
@@ -47,12 +47,12 @@ def model_config_from_hf(folder: Path) -> ModelConfig:
         image_token_id=root.integer("image_token_index", 128256, alias="image_token_id", low=0),
     )
     if not faults:
+        check_model(config, where=path, error=CheckpointError)
         _check_derived(config, *sections[1:])
     if len(faults) > 1:
         raise CheckpointError(f"{len(faults)} fields are wrong: " + " | ".join(map(str, faults)), where=path)
     if faults:
         raise faults[0]
-    check_model(config, str(path), CheckpointError)
     return config
 
 
@@ -95,30 +95,29 @@ class _Section:
         separator = ": " if self.where.endswith(".json") else "."
         return _Section(values if isinstance(values, dict) else {}, f"{self.where}{separator}{key}", self.faults)
 
-    def integer(
-        self, key: str, default: int | None = None, *, alias: str = "", low: int = 1, high: int = _MAX_SIZE
-    ) -> int:
+    def integer(self, key: str, default: int | None = None, *, alias: str = "", low: int = 1) -> int:
         if key not in self.values and alias in self.values:
             key = alias
         value = self.values.get(key, default)
-        if isinstance(value, int) and not isinstance(value, bool) and low <= value <= high:
+        if type(value) is int and value >= low:
             return value
-        self._refuse(key, f"an integer from {low} to {high}" if low < high else f"{low}")
+        self._refuse(key, f"an integer, at least {low}")
         return low
 
     def number(self, key: str, default: float | None = None) -> float:
         value = self.values.get(key, default)
-        if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e30:
-            return float(value)
+        if type(value) in (int, float) and 0 < cast(float, value) < 1e30:
+            return float(cast(float, value))
         self._refuse(key, "a positive number")
         return 1.0
 
-    def integers(self, key: str, default: tuple[int, ...], *, high: int) -> tuple[int, ...]:
+    def integers(self, key: str, default: tuple[int, ...]) -> tuple[int, ...]:
         value = self.values.get(key)
-        value = list(default) if value is None else value
-        if isinstance(value, list) and all(type(item) is int and 0 <= item <= high for item in value):
+        if value is None:
+            return default
+        if isinstance(value, list) and all(type(item) is int for item in value):
             return tuple(value)
-        self._refuse(key, f"a list of integers from 0 to {high}")
+        self._refuse(key, "a list of integers")
         return ()
 
     def side(self, key: str, default: int) -> int:
@@ -126,9 +125,9 @@ class _Section:
         value = self.values.get(key, default)
         if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
             value = value[0]
-        if type(value) is int and 0 < value <= _MAX_SIZE:
+        if type(value) is int and value > 0:
             return value
-        self._refuse(key, f"a square: one integer from 1 to {_MAX_SIZE}, or two equal ones")
+        self._refuse(key, "a square: one positive integer, or two equal ones")
         return 1
 
     def word(self, key: str, supported: tuple[str, ...], default: str | None = None) -> str:
@@ -144,7 +143,9 @@ class _Section:
     def refuse_quantized(self) -> None:
         if self.values.get("quantization_config") is not None:
             hint = "export the original checkpoint and quantise the bundle with `mllama quantize`"
-            self.fault("quantization_config", "the weights are already quantised, and packed, by another tool", hint=hint)
+            self.fault(
+                "quantization_config", "the weights are already quantised, and packed, by another tool", hint=hint
+            )
 
     def ignore_code(self) -> None:
         if "auto_map" in self.values:
@@ -153,23 +154,21 @@ class _Section:
 
 def _vision(section: _Section) -> VisionConfig:
     section.word("model_type", ("mllama_vision_model",), "mllama_vision_model")
-    max_num_tiles = section.integer("max_num_tiles", 4, high=64)
+    max_num_tiles = section.integer("max_num_tiles", 4)
     return VisionConfig(
         hidden_size=section.integer("hidden_size", 1280),
         num_heads=section.integer("attention_heads", 16, alias="num_attention_heads"),
-        num_layers=section.integer("num_hidden_layers", 32, high=_MAX_LAYERS),
-        num_global_layers=section.integer("num_global_layers", 8, high=_MAX_LAYERS),
+        num_layers=section.integer("num_hidden_layers", 32),
+        num_global_layers=section.integer("num_global_layers", 8),
         intermediate_size=section.integer("intermediate_size", 5120),
-        intermediate_layers_indices=section.integers(
-            "intermediate_layers_indices", (3, 7, 15, 23, 30), high=_MAX_LAYERS
-        ),
+        intermediate_layers_indices=section.integers("intermediate_layers_indices", (3, 7, 15, 23, 30)),
         image_size=section.side("image_size", 448),
         patch_size=section.side("patch_size", 14),
         max_num_tiles=max_num_tiles,
         supported_aspect_ratios=_aspect_ratios(section, max_num_tiles),
         norm_eps=section.number("norm_eps", 1e-5),
         hidden_act=section.word("hidden_act", ("gelu",), "gelu"),
-        num_channels=section.integer("num_channels", 3, low=3, high=3),
+        num_channels=section.integer("num_channels", 3),
     )
 
 
@@ -179,12 +178,10 @@ def _aspect_ratios(section: _Section, max_num_tiles: int) -> tuple[tuple[int, in
         if max_num_tiles != 4:
             section.fault(key, "absent, and the default is for max_num_tiles 4", expected="a list of [high, wide]")
         return _DEFAULT_RATIOS
-    if isinstance(value, list) and all(
-        isinstance(pair, list) and len(pair) == 2 and all(type(side) is int and 0 < side <= max_num_tiles for side in pair)
-        for pair in value
-    ):
-        return tuple((high, wide) for high, wide in value)
-    section.fault(key, "not supported", expected=f"a list of [high, wide], each from 1 to {max_num_tiles} tiles")
+    pairs: list[list[int]] = value if isinstance(value, list) else [[]]
+    if all(isinstance(pair, list) and [type(side) for side in pair] == [int, int] for pair in pairs):
+        return tuple((high, wide) for high, wide in pairs)
+    section.fault(key, "not supported", expected="a list of [tiles high, tiles wide]")
     return _DEFAULT_RATIOS
 
 
@@ -193,22 +190,20 @@ def _text(section: _Section) -> TextConfig:
     return TextConfig(
         vocab_size=section.integer("vocab_size", 128256),
         hidden_size=section.integer("hidden_size", 4096),
-        num_layers=section.integer("num_hidden_layers", 40, high=_MAX_LAYERS),
+        num_layers=section.integer("num_hidden_layers", 40),
         num_heads=section.integer("num_attention_heads", 32),
         num_kv_heads=section.integer("num_key_value_heads", 8),
         intermediate_size=section.integer("intermediate_size", 14336),
         rms_norm_eps=section.number("rms_norm_eps", 1e-5),
         max_seq_len=section.integer("max_position_embeddings", 131072),
-        cross_attention_layers=section.integers(
-            "cross_attention_layers", (3, 8, 13, 18, 23, 28, 33, 38), high=_MAX_LAYERS
-        ),
+        cross_attention_layers=tuple(sorted(section.integers("cross_attention_layers", _DEFAULT_CROSS_LAYERS))),
         rope=_rope(section),
         hidden_act=section.word("hidden_act", ("silu",), "silu"),
     )
 
 
 def _rope(text: _Section) -> RopeConfig:
-    """RoPE from `rope_parameters`, or from `rope_theta` and `rope_scaling` (where an explicit null means plain RoPE)."""
+    """RoPE from `rope_parameters`, or from `rope_theta` and `rope_scaling` (where null means plain RoPE)."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if text.values.get(key) is not None]
     if len(keys) == 2 and text.values[keys[0]] != text.values[keys[1]]:
         text.fault("rope_scaling", "contradicts rope_parameters", expected=text.values["rope_parameters"])

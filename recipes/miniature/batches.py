@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-from conversations import Message
+from conversations import MONTHS, Message
 from pictures import CANVASES, COLORS, SHAPES, TILE, Scene, render, scene_from_seed
 from PIL import Image
 from tokenizer import IMAGE_TOKEN, TOKEN_IDS
@@ -163,7 +163,7 @@ def _with_default_system(messages: list[Message], date: str) -> list[Message]:
 
 
 def random_date(rng: random.Random) -> str:
-    month = rng.choice("Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split())
+    month = rng.choice(MONTHS)
     return f"{rng.randint(1, 28):02d} {month} {rng.randint(2024, 2028)}"
 
 

@@ -4,6 +4,7 @@ Sits between `pictures.py` (scenes and questions) and the chat template: everyth
 user would hand to `apply_chat_template`, ending in the assistant's answer.
 """
 
+import itertools
 import random
 from typing import Any
 
@@ -20,6 +21,7 @@ SHORT_SYSTEMS = ("Answer with one word.", "Answer in a single word.")
 NUMBER_WORDS = (
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
 )  # fmt: skip
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 CORNERS = {"triangle": "three", "square": "four", "diamond": "four", "star": "ten", "cross": "twelve"}
 OPPOSITES = {
     "left": "right", "right": "left", "top": "bottom", "bottom": "top", "above": "below", "below": "above",
@@ -60,7 +62,7 @@ def _capital(text: str) -> str:
 def text_pairs() -> list[tuple[str, str, str]]:
     """Every text-only question as (question, answer, one-word answer or nothing)."""
     pairs = [(question, answer, "") for question, answer in SMALL_TALK.items()]
-    for word, following in zip(NUMBER_WORDS, NUMBER_WORDS[1:], strict=False):
+    for word, following in itertools.pairwise(NUMBER_WORDS):
         pairs.append((f"What comes after {word}?", f"{_capital(following)} comes after {word}.", following))
         pairs.append((f"What comes before {following}?", f"{_capital(word)} comes before {following}.", word))
     for first in range(7):

@@ -150,8 +150,9 @@ def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: fl
     elif shape == "star":
         radii = (1.15 * r, 0.42 * r)
         angles = [math.pi * (step / 5 - 0.5) for step in range(10)]
-        draw.polygon([(x + radii[i % 2] * math.cos(a), y + radii[i % 2] * math.sin(a)) for i, a in enumerate(angles)],
-                     fill=rgb)
+        draw.polygon(
+            [(x + radii[i % 2] * math.cos(a), y + radii[i % 2] * math.sin(a)) for i, a in enumerate(angles)], fill=rgb
+        )
     else:
         arm = 0.3 * r
         draw.rectangle((x - arm, y - r, x + arm, y + r), fill=rgb)
@@ -196,8 +197,9 @@ def _ask_shape(scene: Scene, rng: random.Random) -> Question | None:
 
 
 def _ask_count(scene: Scene, rng: random.Random) -> Question | None:
-    text = rng.choice(("How many shapes are there?", "How many shapes are in the picture?",
-                       "How many shapes do you see?"))
+    text = rng.choice(
+        ("How many shapes are there?", "How many shapes are in the picture?", "How many shapes do you see?")
+    )
     count = len(scene.things)
     return Question("count", text, _number(count, "shape", "shapes"), NUMBERS[count])
 
@@ -254,12 +256,14 @@ def _ask_relation(scene: Scene, rng: random.Random) -> Question | None:
     if len(things) < 2:
         return None
     first, second = rng.sample(things, 2)
-    word, true = rng.choice((
-        ("left of", first.column < second.column),
-        ("right of", first.column > second.column),
-        ("above", first.row < second.row),
-        ("below", first.row > second.row),
-    ))
+    word, true = rng.choice(
+        (
+            ("left of", first.column < second.column),
+            ("right of", first.column > second.column),
+            ("above", first.row < second.row),
+            ("below", first.row > second.row),
+        )
+    )
     answer = f"Yes, the {first.name} is {word} the {second.name}."
     if not true:
         answer = f"No, the {first.name} is not {word} the {second.name}."

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from conversations import NEUTRAL_SYSTEMS, SHORT_SYSTEMS, text_pairs
+from conversations import MONTHS, NEUTRAL_SYSTEMS, SHORT_SYSTEMS, text_pairs
 from pictures import SPLITS, TILE, ask, scene_from_seed
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -19,7 +19,8 @@ HERE = Path(__file__).parent
 NUM_BASE_TOKENS = 1008
 # Llama 3's way to cut text into words, as its tokenizer.json publishes it.
 SPLIT_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = (
     "<|begin_of_text|>",
@@ -47,7 +48,7 @@ def training_text() -> Iterator[str]:
     yield from (*NEUTRAL_SYSTEMS, *SHORT_SYSTEMS)
     for number in range(1000):
         yield f"{number}"
-    for month in "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split():  # the words of every prompt, many times
+    for month in MONTHS:  # the words of every prompt, many times
         for day in range(1, 31):
             yield f"Cutting Knowledge Date: December 2023\nToday Date: {day:02d} {month} {2024 + day % 5}\n\n"
             yield from ("system", "user", "assistant", "ipython", "\n\n")

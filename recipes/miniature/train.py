@@ -7,6 +7,8 @@ thing under each patch, which grounds the vision tower early; it is thrown away.
 
 import argparse
 import json
+import os
+import platform
 import random
 import time
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from batches import (
     IGNORED,
     NUM_LABELS,
@@ -31,7 +34,7 @@ from batches import (
 from conversations import Message, picture_conversation, text_conversation, text_pairs, two_picture_conversation
 from model import HERE, build_model, save_checkpoint, vision_config
 from pictures import SPLITS, scene_from_seed
-from tokenizer import build_tokenizer
+from tokenizer import build_tokenizer, write_json
 from torch import nn
 from torch.nn import functional
 from transformers import MllamaForConditionalGeneration
@@ -181,7 +184,24 @@ def train(settings: Settings) -> None:
         raise ValueError("the fast encoder and the chat template disagree")
     objective = Objective(model, pictures)
     optimizer = torch.optim.AdamW(weights_for_optimizer(objective), lr=0.0, betas=(0.9, 0.98))
-    run_steps(settings, source, objective, optimizer, lambda: save_checkpoint(model.state_dict(), settings.out, tokenizer))
+    steps = run_steps(
+        settings, source, objective, optimizer, lambda: save_checkpoint(model.state_dict(), settings.out, tokenizer)
+    )
+    write_json(settings.out.parent / "training.json", training_facts(settings, steps, time.monotonic() - start))
+
+
+def training_facts(settings: Settings, steps: int, seconds: float) -> dict[str, object]:
+    """What RESULTS.json says about how the checkpoint came to be; `evaluate.py` copies it there."""
+    return {
+        "command": f"python recipes/miniature/train.py --steps {steps}",
+        "steps": steps,
+        "pictures_per_step": settings.batch,
+        "distinct_pictures": settings.pictures,
+        "minutes": round(seconds / 60, 1),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "machine": f"{os.cpu_count()}-core {platform.machine().replace('_', '-')} CPU, bfloat16 autocast",
+    }
 
 
 def run_steps(
@@ -190,7 +210,8 @@ def run_steps(
     objective: Objective,
     optimizer: torch.optim.Optimizer,
     save: Callable[[], None],
-) -> None:
+) -> int:
+    """Trains until the steps or the minutes are used up; returns the number of steps."""
     start = time.monotonic()
     step, progress = 0, 0.0
     sums: dict[str, list[float]] = {}
@@ -211,6 +232,7 @@ def run_steps(
             sums.clear()
         if step % settings.save_every == 0 or progress >= 1.0:
             save()
+    return step
 
 
 def one_step(step: int, progress: float, source: Source, objective: Objective) -> dict[str, float]:

@@ -5,8 +5,12 @@ The exporter fills these from a checkpoint's config.json; the manifest carries t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Literal
+
+from .errors import InputError
 
 MaskSemantics = Literal["hf", "meta"]
 """What a cross-attention layer does for a token that sees no picture: transformers' way or Meta's own."""
@@ -108,7 +112,7 @@ _MAX_SIZES: Mapping[str, int] = {
 }
 
 
-def check_model(config: ModelConfig, *, where: object, error: type[InputError]) -> None:
+def check_model(config: ModelConfig, where: object, error: type[InputError]) -> None:
     """Refuse dimensions that contradict each other or are absurd, before anything is allocated by them.
 
     Raises:

@@ -42,9 +42,7 @@ class MllamaError(Exception):
         hint: str | None = None,
     ) -> None:
         self.what, self.where, self.expected, self.found, self.hint = what, where, expected, found, hint
-        sides = [
-            f"{side} {value}" for side, value in (("expected", expected), ("found", found)) if value is not None
-        ]
+        sides = [f"{side} {value}" for side, value in (("expected", expected), ("found", found)) if value is not None]
         line = what if where is None else f"{where}: {what}"
         if sides:
             line += ": " + ", ".join(sides)

@@ -76,9 +76,7 @@ class SelfAttention(nn.Module):
         key, value = (
             new.view(batch, seq, self.num_kv_heads, self.head_dim).transpose(1, 2) for new in (key, self.v_proj(x))
         )
-        key, value = (
-            tensor_scatter(past, new, write_indices) for past, new in zip(cache, (key, value), strict=True)
-        )
+        key, value = (tensor_scatter(past, new, write_indices) for past, new in zip(cache, (key, value), strict=True))
         attended = cached_attention(query, key, value, kv_lengths).transpose(1, 2).reshape(x.shape)
         return self.o_proj(attended), key, value
 
@@ -124,9 +122,7 @@ class CrossAttentionLayer(nn.Module):
         self.cross_attn_attn_gate = nn.Parameter(torch.empty(1))
         self.cross_attn_mlp_gate = nn.Parameter(torch.empty(1))
 
-    def forward(
-        self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: tuple[Tensor, Tensor]
-    ) -> Tensor:
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: tuple[Tensor, Tensor]) -> Tensor:
         """keep: which tokens take the attention branch and which the MLP branch, 2 x bool [B, S, 1].
 
         A branch that is not taken is selected away, not multiplied by zero: a text-only row's keys and values may hold
@@ -188,8 +184,9 @@ class Decoder(nn.Module):
         x = self.language_model.model.embed_tokens(input_ids)  # [B, S, E]
         rope = self._rope(input_ids, write_indices, x.dtype)
         mask, keep = self._cross_attention_mask(cross_attention_mask, has_image)
-        self_caches, cross_caches = iter(zip(past[::2], past[1::2], strict=True)), iter(
-            zip(cross[::2], cross[1::2], strict=True)
+        self_caches, cross_caches = (
+            iter(zip(past[::2], past[1::2], strict=True)),
+            iter(zip(cross[::2], cross[1::2], strict=True)),
         )
         present: list[Tensor] = []
         for layer in self.language_model.model.layers:
@@ -208,9 +205,7 @@ class Decoder(nn.Module):
         angles = positions[..., None].float() * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
-    def _cross_attention_mask(
-        self, tiles: Tensor, has_image: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _cross_attention_mask(self, tiles: Tensor, has_image: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Patches each token attends to [B, 1, S, T*P], and the tokens that take each branch, 2 x [B, S, 1].
 
         A token that sees no tile attends to all of them, as in the reference, whose mask row becomes zeros.

@@ -42,9 +42,7 @@ class PositionEmbedding(nn.Module):
         num_ids = len(config.supported_aspect_ratios) + 1
         self.gate = nn.Parameter(torch.empty(1))
         self.embedding = nn.Parameter(torch.empty(config.num_patches, config.hidden_size))
-        self.tile_embedding = nn.Embedding(
-            num_ids, config.max_num_tiles * config.num_patches * config.hidden_size
-        )
+        self.tile_embedding = nn.Embedding(num_ids, config.max_num_tiles * config.num_patches * config.hidden_size)
 
     def forward(self, x: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
         gate = self.gate.tanh()
@@ -184,13 +182,13 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.vision_model = VisionTower(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.output_dim, config.text.hidden_size)
-        layers = {str(layer): _named(cross_attn=CrossKeyValue(config.text)) for layer in config.text.cross_attention_layers}
+        layers = {
+            str(layer): _named(cross_attn=CrossKeyValue(config.text)) for layer in config.text.cross_attention_layers
+        }
         self.language_model = _named(model=_named(layers=nn.ModuleDict(layers)))
         self.cross_layers = [layers[str(layer)].cross_attn for layer in config.text.cross_attention_layers]
 
-    def forward(
-        self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor
-    ) -> list[Tensor]:
+    def forward(self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor) -> list[Tensor]:
         """Key and value of every cross-attention layer in turn, [I, G, T*P, D] each."""
         features = self.vision_model(pixel_values, aspect_ratio_ids, aspect_ratio_mask)
         states = self.multi_modal_projector(features).flatten(1, 2)  # [I, T*P, E]

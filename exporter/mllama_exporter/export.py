@@ -1,0 +1,174 @@
+"""Checkpoint to bundle: the whole pipeline, one step a line in `bundle_from_checkpoint`.
+
+Nothing of a checkpoint is held in memory: graphs are traced from dimensions, weights are streamed.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import onnx_ir as ir
+import torch
+from mllama_runtime import __version__
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.bundle_writer import BundleWriter
+from mllama_runtime.config import MaskSemantics, ModelConfig
+from mllama_runtime.errors import BundleError
+from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
+from mllama_runtime.tensorfile import TensorFile, read_header
+
+from mllama_exporter.checkpoint import Checkpoint, expected_tensors, truncate
+from mllama_exporter.graphs import (
+    decoder_graph_from_config,
+    vision_graph_from_config,
+    weight_names,
+    weights_attached,
+)
+from mllama_exporter.ort_graphs import ort_graph_from_graph
+from mllama_exporter.text_files import write_text_files
+from mllama_exporter.weights import WeightSpec, WeightsReport, write_weights
+
+WEIGHTS_NAME = "weights.safetensors"
+_TOOLS = ("onnx", "onnx-ir", "onnxscript", "torch")
+_STORED_DTYPES = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+_TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+ExportPrecision = Literal["fp32", "fp16", "bf16"]
+Progress = Callable[[str, int, int], object]
+"""Called with the step's name, and how much of it is done out of how much: bytes for weights, graphs for tracing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExportOptions:
+    """What the user chose.
+
+    num_layers: keep only the first layers of the decoder, for debugging. clamp: clip what is beyond FP16's range
+    instead of refusing it.
+    """
+
+    precision: ExportPrecision = "fp32"
+    mask_semantics: MaskSemantics = "hf"
+    num_layers: int | None = None
+    clamp: bool = False
+
+
+def bundle_from_checkpoint(
+    folder: Path, output: Path, options: ExportOptions, progress: Progress = lambda step, done, total: None
+) -> Bundle:
+    """Export a checkpoint folder.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete, damaged, not an mllama, or changed meanwhile.
+        InputError: the output cannot be made there.
+        ResourceError: the disk is too small.
+        UsageError: options that do not fit the model.
+    """
+    checkpoint = Checkpoint.open(folder)
+    config = checkpoint.config if options.num_layers is None else truncate(checkpoint.config, options.num_layers)
+    checkpoint.check(config)
+    with BundleWriter(output, not_inside=folder) as writer:
+        write_text_files(folder, writer, config)
+        graphs = _traced(config, options, progress)
+        plan = _weight_plan(graphs, config, options)
+        report = write_weights(
+            checkpoint,
+            plan,
+            writer.path / WEIGHTS_NAME,
+            clamp=options.clamp,
+            progress=lambda done, total: progress("weights", done, total),
+        )
+        writer.add_file(WEIGHTS_NAME)
+        specs = _write_graphs(graphs, read_header(report.path, error=BundleError), writer, config)
+        checkpoint.assert_unchanged()
+        return writer.commit(_manifest(checkpoint, config, options, specs, plan, report))
+
+
+def _traced(config: ModelConfig, options: ExportOptions, progress: Progress) -> dict[GraphKey, ir.Model]:
+    dtype = _TORCH_DTYPES[options.precision]
+    progress("tracing", 0, 2)
+    graphs: dict[GraphKey, ir.Model] = {"vision": vision_graph_from_config(config, dtype)}
+    progress("tracing", 1, 2)
+    graphs["decoder"] = decoder_graph_from_config(config, dtype, options.mask_semantics)
+    progress("tracing", 2, 2)
+    return graphs
+
+
+def _weight_plan(graphs: dict[GraphKey, ir.Model], config: ModelConfig, options: ExportOptions) -> list[WeightSpec]:
+    """Every tensor the graphs use, once, in the checkpoint's layout: a graph transposes where it needs to."""
+    names = {name: None for graph in graphs.values() for name in weight_names(graph)}
+    shapes, dtype = expected_tensors(config), _STORED_DTYPES[options.precision]
+    return [WeightSpec(name, name, shapes[name], dtype) for name in names]
+
+
+def _write_graphs(
+    graphs: dict[GraphKey, ir.Model], weights: TensorFile, writer: BundleWriter, config: ModelConfig
+) -> dict[GraphKey, GraphSpec]:
+    """Each standard graph and its ONNX Runtime twin, over the same weights file."""
+    specs: dict[GraphKey, GraphSpec] = {}
+    for key, graph in graphs.items():
+        standard = weights_attached(graph, weights, WEIGHTS_NAME)
+        twin_key = cast(GraphKey, f"{key}_ort")
+        for model_key, model, file in (
+            (key, standard, f"{key}.onnx"),
+            (twin_key, ort_graph_from_graph(standard, config), f"{key}.ort.onnx"),
+        ):
+            ir.save(model, writer.path / file)
+            writer.add_file(file)
+            specs[model_key] = GraphSpec(file, _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
+    return specs
+
+
+_DTYPES: dict[ir.DataType, DType] = {
+    ir.DataType.FLOAT: "float32",
+    ir.DataType.FLOAT16: "float16",
+    ir.DataType.BFLOAT16: "bfloat16",
+    ir.DataType.INT64: "int64",
+    ir.DataType.BOOL: "bool",
+}
+
+
+def _tensor_specs(values: list[ir.Value] | tuple[ir.Value, ...]) -> tuple[TensorSpec, ...]:
+    specs = []
+    for value in values:
+        if value.name is None or value.dtype is None or value.shape is None:
+            raise RuntimeError(f"an input or output without name, dtype or shape: {value}")
+        shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+        specs.append(TensorSpec(value.name, _DTYPES[value.dtype], shape))
+    return tuple(specs)
+
+
+def _manifest(
+    checkpoint: Checkpoint,
+    config: ModelConfig,
+    options: ExportOptions,
+    specs: dict[GraphKey, GraphSpec],
+    plan: Sequence[WeightSpec],
+    report: WeightsReport,
+) -> Manifest:
+    return Manifest(
+        name=checkpoint.folder.resolve().name,
+        model=config,
+        mask_semantics=options.mask_semantics,
+        precision=options.precision,
+        graphs=specs,
+        files={},
+        tools={"mllama-deploy": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+        source=Source(
+            fingerprint=checkpoint.fingerprint(),
+            format="hf",
+            num_tensors=len(plan),
+            num_parameters=sum(math.prod(spec.shape) for spec in plan),
+            files={},
+        ),
+        options={"num_layers": options.num_layers, "clamp": options.clamp},
+        weights=WeightStats(
+            num_clamped=report.num_clamped,
+            num_nonfinite=sum(found.num_nan + found.num_inf for found in report.tensors.values()),
+            largest_abs=max(found.max_abs for found in report.tensors.values()),
+        ),
+    )

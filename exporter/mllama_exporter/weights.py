@@ -1,0 +1,320 @@
+"""Checkpoint tensors -> one weights file: read in blocks, scanned, cast, transposed where asked, written in place.
+
+The file is a safetensors file; the graphs' initializers point into it as ONNX external data. Memory does not grow with
+the checkpoint: each of two threads works on one block at a time, so that reading, casting and writing overlap.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mllama_runtime.errors import CheckpointError, ResourceError, UsageError
+from mllama_runtime.tensorfile import TensorInfo, encode_header
+
+from .checkpoint import NUMPY_DTYPES, Array, Checkpoint, Shape, listed
+
+_NUM_THREADS = 2
+_BUFFER_BYTES = 48 << 20  # of a thread's source and of its target; sets how long the pieces of a transpose are
+_PLAIN_BYTES = 8 << 20  # of a block that is not transposed: small enough to stay in a cache between the passes
+_STRIPE_ROWS = 32  # rows transposed together: their columns fill a cache line of the target
+
+_DType = np.dtype[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightSpec:
+    """One tensor of the weights file: `source` of the checkpoint, as `shape` and `dtype` ("F32", "F16" or "BF16").
+
+    With `transpose`, `source` is a matrix stored the other way round.
+    """
+
+    name: str
+    source: str
+    shape: Shape
+    dtype: str
+    transpose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TensorStats:
+    """What a scan found in a tensor, before any cast.
+
+    `max_abs` is the largest finite magnitude; `num_beyond` counts finite values the written dtype cannot hold.
+    """
+
+    max_abs: float = 0.0
+    num_nan: int = 0
+    num_inf: int = 0
+    num_beyond: int = 0
+
+    def __add__(self, other: TensorStats) -> TensorStats:
+        return TensorStats(
+            max(self.max_abs, other.max_abs),
+            self.num_nan + other.num_nan,
+            self.num_inf + other.num_inf,
+            self.num_beyond + other.num_beyond,
+        )
+
+    @property
+    def is_zero(self) -> bool:
+        return self.max_abs == self.num_nan == self.num_inf == 0
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsReport:
+    """A weights file that has been written; `num_clamped` values were cut to the limit of the written dtype."""
+
+    path: Path
+    size_bytes: int
+    tensors: dict[str, TensorStats]
+    num_clamped: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Rows `start` to `stop` of one tensor; of a tensor that is not transposed, a row is one element."""
+
+    spec: WeightSpec
+    source: _DType
+    target: TensorInfo
+    start: int
+    stop: int
+    num_columns: int
+
+    @property
+    def target_bytes(self) -> int:
+        return (self.stop - self.start) * self.num_columns * NUMPY_DTYPES[self.spec.dtype].itemsize
+
+
+def write_weights(
+    checkpoint: Checkpoint,
+    plan: Sequence[WeightSpec],
+    path: Path,
+    *,
+    clamp: bool = False,
+    allow_damaged: bool = False,
+    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+) -> WeightsReport:
+    """Writes `plan`'s tensors to `path`, synced to disk; the same checkpoint and plan give the same bytes.
+
+    Args:
+        clamp: cut finite values beyond the written dtype to its limit, instead of refusing them.
+        allow_damaged: let tensors with NaN or Inf, and matrices of zeros, through as they are.
+        progress: called with the bytes written and their total, after every block.
+
+    Raises:
+        CheckpointError: a tensor is absent, of another shape or dtype, damaged, or changed while it was read. All the
+            damaged ones are named.
+        ResourceError: the disk has no room, or the file cannot be written.
+
+        Nothing is left at `path` then.
+    """
+    header, blocks = _planned(checkpoint, plan)
+    total = len(header) + sum(block.target_bytes for block in blocks)
+    free = shutil.disk_usage(path.parent).free
+    if total > free:
+        raise ResourceError("no room for the weights", where=path, expected=f"{total} bytes", found=f"{free} bytes")
+    try:
+        with path.open("wb", buffering=0) as file:
+            try:
+                _write(file.fileno(), header, 0)
+                stats = _stream(checkpoint, blocks, file.fileno(), clamp, lambda done: progress(done, total))
+                checkpoint.assert_unchanged()
+                _check_damage(checkpoint, plan, stats, clamp, allow_damaged)
+                os.fsync(file.fileno())
+            except BaseException:
+                path.unlink()
+                raise
+    except OSError as error:  # of writing: the checkpoint turns its own into CheckpointError
+        raise _unwritable(path, total, error) from error
+    return WeightsReport(path, total, stats, sum(found.num_beyond for found in stats.values()))
+
+
+def _planned(checkpoint: Checkpoint, plan: Sequence[WeightSpec]) -> tuple[bytes, list[_Block]]:
+    """The file's header, and the blocks in file order."""
+    header, targets = encode_header((spec.name, spec.dtype, spec.shape) for spec in plan)
+    specs = {spec.name: spec for spec in plan}
+    blocks = [block for info in targets for block in _blocks(checkpoint, specs[info.name], info)]
+    return header, blocks
+
+
+def _blocks(checkpoint: Checkpoint, spec: WeightSpec, target: TensorInfo) -> Iterator[_Block]:
+    source = checkpoint.info(spec.source)
+    where = f"{checkpoint.folder}: {spec.source}"
+    for dtype in (source.dtype, spec.dtype):
+        if dtype not in NUMPY_DTYPES:
+            raise UsageError("not a float dtype", where=where, expected=" or ".join(NUMPY_DTYPES), found=dtype)
+    stored = spec.shape[::-1] if spec.transpose else spec.shape
+    if source.shape != stored or (spec.transpose and len(stored) != 2):
+        raise CheckpointError("wrong shape", where=where, expected=list(stored), found=list(source.shape))
+    rows, columns = stored if spec.transpose else (math.prod(stored), 1)
+    itemsize = max(NUMPY_DTYPES[source.dtype].itemsize, NUMPY_DTYPES[spec.dtype].itemsize)
+    step = max(1, (_BUFFER_BYTES if spec.transpose else _PLAIN_BYTES) // (itemsize * columns))
+    for start in range(0, rows, step):
+        yield _Block(spec, NUMPY_DTYPES[source.dtype], target, start, min(start + step, rows), columns)
+
+
+class _Scratch(threading.local):
+    """A thread's two buffers, used again for every block: fresh pages cost more than a copy."""
+
+    def __init__(self) -> None:
+        self.source = np.empty(_BUFFER_BYTES, np.uint8)
+        self.target = np.empty(_BUFFER_BYTES, np.uint8)
+
+
+def _stream(
+    checkpoint: Checkpoint, blocks: Sequence[_Block], fd: int, clamp: bool, progress: Callable[[int], None]
+) -> dict[str, TensorStats]:
+    scratch = _Scratch()
+    stats: dict[str, TensorStats] = {}
+    done = 0
+
+    def converted(block: _Block) -> TensorStats:
+        return _convert(checkpoint, block, fd, clamp, scratch)
+
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        try:
+            for block, found in zip(blocks, pool.map(converted, blocks), strict=True):
+                stats[block.spec.name] = stats.get(block.spec.name, TensorStats()) + found
+                done += block.target_bytes
+                progress(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return stats
+
+
+def _convert(checkpoint: Checkpoint, block: _Block, fd: int, clamp: bool, scratch: _Scratch) -> TensorStats:
+    """One block from the checkpoint to the weights file."""
+    shape, target = (block.stop - block.start, block.num_columns), NUMPY_DTYPES[block.spec.dtype]
+    data = _as_array(scratch.source, block.source, shape)
+    checkpoint.read_into(block.spec.source, block.start * block.num_columns * block.source.itemsize, data)
+    stats = _scan(data, target)
+    if clamp and stats.num_beyond:
+        data = _clamped(data, target)
+    if not block.spec.transpose:
+        if block.source != target:
+            data = _cast(data, _as_array(scratch.target, target, shape))
+        _write(fd, data, block.target.offset_bytes + block.start * target.itemsize)
+        return stats
+    turned = _as_array(scratch.target, target, shape[::-1])
+    for row in range(0, shape[0], _STRIPE_ROWS):
+        stripe = data[row : row + _STRIPE_ROWS]
+        if stripe.dtype != target:
+            stripe = _cast(stripe, np.empty(stripe.shape, target))
+        _bits(turned)[:, row : row + _STRIPE_ROWS] = _bits(stripe).T
+    num_rows = block.spec.shape[1]
+    if shape[0] == num_rows:
+        _write(fd, turned, block.target.offset_bytes)
+    else:
+        for column, piece in enumerate(turned):
+            _write(fd, piece, block.target.offset_bytes + (column * num_rows + block.start) * target.itemsize)
+    return stats
+
+
+def _as_array(buffer: Array, dtype: _DType, shape: Shape) -> Array:
+    return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+
+
+def _bits(array: Array) -> Array:
+    """The same bytes as unsigned integers, which NumPy compares and copies at full speed whatever the float type."""
+    return array.view(f"u{array.itemsize}")
+
+
+def _cast(data: Array, out: Array) -> Array:
+    """Round to nearest even into `out`; what `out` cannot hold becomes Inf."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.copyto(out, data, casting="unsafe")
+    return out
+
+
+def _clamped(data: Array, target: _DType) -> Array:
+    values = data.astype(np.float32)
+    limit = _largest(target)
+    beyond = np.isfinite(values) & (np.abs(values) > limit)
+    values[beyond] = np.copysign(np.float32(limit), values[beyond])
+    return values
+
+
+def _scan(data: Array, target: _DType) -> TensorStats:
+    """Magnitudes compare like their bits without the sign, so two integer maxima tell a healthy block."""
+    bits, sign = _bits(data), 1 << (8 * data.itemsize - 1)
+    largest = max(int(bits.view(f"i{data.itemsize}").max()), int(bits.max()) - sign, 0)
+    limit = _largest_bits(data.dtype, _largest(target))
+    if largest <= limit:
+        return TensorStats(_value(largest, data.dtype))
+    infinity, magnitudes = _infinity(data.dtype), bits & bits.dtype.type(sign - 1)
+    num_nan, num_inf = np.count_nonzero(magnitudes > infinity), np.count_nonzero(magnitudes == infinity)
+    num_beyond = np.count_nonzero(magnitudes > limit) - num_nan - num_inf
+    largest = int(magnitudes[magnitudes < infinity].max(initial=0))
+    return TensorStats(_value(largest, data.dtype), int(num_nan), int(num_inf), int(num_beyond))
+
+
+def _infinity(dtype: _DType) -> int:
+    """The bits of infinity; those of the largest finite value are one less, those of a NaN more."""
+    return int(_bits(np.full(1, np.inf, dtype))[0])
+
+
+def _value(bits: int, dtype: _DType) -> float:
+    return float(np.full(1, bits, f"u{dtype.itemsize}").view(dtype)[0])
+
+
+def _largest(dtype: _DType) -> float:
+    return _value(_infinity(dtype) - 1, dtype)
+
+
+def _largest_bits(dtype: _DType, limit: float) -> int:
+    """The bits of the largest value of `dtype` that is at most `limit`."""
+    rounded = np.full(1, min(limit, _largest(dtype)), np.float64).astype(dtype)
+    return int(_bits(rounded)[0]) - (float(rounded[0]) > limit)
+
+
+def _write(fd: int, data: Array | bytes, offset: int) -> None:
+    rest = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
+    while rest:
+        count = os.pwrite(fd, rest, offset)
+        rest, offset = rest[count:], offset + count
+
+
+def _check_damage(
+    checkpoint: Checkpoint, plan: Sequence[WeightSpec], stats: dict[str, TensorStats], clamp: bool, allow_damaged: bool
+) -> None:
+    damaged, beyond = [], []
+    for spec in plan:
+        found = stats[spec.name]
+        if found.num_nan or found.num_inf:
+            damaged.append(f"{spec.source} ({found.num_nan} NaN, {found.num_inf} Inf)")
+        elif found.is_zero and not _may_be_zero(spec):
+            damaged.append(f"{spec.source} (all zero)")
+        if found.num_beyond:
+            beyond.append(f"{spec.source} ({found.num_beyond} values, largest {found.max_abs:g})")
+    if damaged and not allow_damaged:
+        what = f"{len(damaged)} tensors are damaged: {listed(damaged)}"
+        raise CheckpointError(what, where=checkpoint.folder, hint="fetch the checkpoint again, or ask its author")
+    if beyond and not clamp:
+        what = f"{len(beyond)} tensors hold values the written dtype cannot: {listed(beyond)}"
+        raise CheckpointError(what, where=checkpoint.folder, hint="export as bf16 or fp32, or allow clamping")
+
+
+def _may_be_zero(spec: WeightSpec) -> bool:
+    """Gates start at zero and may stay there, a bias can be switched off; a matrix or norm of zeros is a lost one."""
+    return spec.source.endswith(".bias") or math.prod(spec.shape) == 1
+
+
+def _unwritable(path: Path, total: int, error: OSError) -> ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = shutil.disk_usage(path.parent).free
+        hint = "free some space and export again"
+        found = f"{free} bytes free"
+        return ResourceError("the disk is full", where=path, expected=f"{total} bytes", found=found, hint=hint)
+    return ResourceError("cannot be written", where=path, found=error.strerror)

@@ -1,0 +1,88 @@
+"""Back ends: what runs the graphs of a bundle. The decode loop sees the two protocols below and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.errors import EnvironmentFault, UsageError
+from mllama_runtime.preprocessing import ImageTiles
+
+BACKENDS = ("auto", "cpu")
+
+
+class Features(Protocol):
+    """Keys and values of one picture for every cross-attention layer, wherever the back end keeps them."""
+
+    @property
+    def num_tiles(self) -> int: ...
+
+    @property
+    def key(self) -> str: ...
+
+
+class Slots(Protocol):
+    """Rows of a static cache: each holds one request's self-attention cache and its pictures' keys and values."""
+
+    def prefill(
+        self,
+        slot: int,
+        token_ids: NDArray[np.int64],
+        position: int,
+        visibility: NDArray[np.bool_],
+        features: Sequence[Features],
+        *,
+        with_padding_tiles: bool,
+    ) -> NDArray[np.float32]:
+        """Append tokens [seq] from `position` on to a slot; returns the last token's logits [vocab].
+
+        visibility: bool [seq, tiles of all pictures], which tiles each token sees. features: the slot's pictures, the
+        same at every call. with_padding_tiles: the tokens precede every picture and, in hf semantics, attend to all
+        tiles of the tower's output, padding ones included.
+        """
+        ...
+
+    def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Append one token to each of the first `len(token_ids)` slots: [batch], [batch] -> logits [batch, vocab].
+
+        Each sees the tiles that the last token of its slot's prefill sees. The result is overwritten by the next call.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """A context manager: entering loads the graphs, leaving frees them; leaving twice is fine."""
+
+    name: str
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+    def encode(self, tiles: ImageTiles) -> Features:
+        """Run the vision graph on one picture."""
+        ...
+
+    def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> Slots:
+        """Fresh slots for up to cache_len tokens and num_tiles tiles each. Raises ResourceError."""
+        ...
+
+
+def backend_from_bundle(bundle: Bundle, name: str, num_threads: int | None) -> Backend:
+    """The back end of that name, not yet entered. Raises UsageError, EnvironmentFault."""
+    if name not in BACKENDS:
+        raise UsageError("unknown back end", where="backend", expected=" or ".join(BACKENDS), found=repr(name))
+    try:
+        from mllama_runtime.backends.ort import OrtBackend
+    except ImportError as error:
+        raise EnvironmentFault(
+            "no back end is installed", found=str(error), hint='run: pip install "mllama-deploy[cpu]"'
+        ) from error
+    return OrtBackend(bundle, num_threads)

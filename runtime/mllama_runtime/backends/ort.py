@@ -1,0 +1,223 @@
+"""ONNX Runtime on the CPU: memory is numpy's, bound in place, so no tensor is copied or created per token.
+
+Dimensions: N slots, B batch, G key/value heads, C cache length, T tiles, P num_patches, D head_dim.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from mllama_runtime.backends import Features
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.config import ModelConfig
+from mllama_runtime.errors import BundleError, ResourceError, UsageError
+from mllama_runtime.preprocessing import ImageTiles
+
+Array = NDArray[Any]
+_LOG_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True, slots=True)
+class OrtFeatures:
+    """One picture's cross-attention keys and values, [1, G, max_num_tiles*P, D] by name, padding tiles included."""
+
+    key: str
+    num_tiles: int
+    tensors: Mapping[str, Array]
+
+
+class OrtBackend:
+    """Runs a bundle's ONNX Runtime graphs."""
+
+    name = "cpu"
+
+    def __init__(self, bundle: Bundle, num_threads: int | None = None) -> None:
+        self._bundle = bundle
+        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._vision: ort.InferenceSession | None = None
+        self._decoder: ort.InferenceSession | None = None
+
+    def __enter__(self) -> Self:
+        self._vision = self._session("vision_ort")
+        self._decoder = self._session("decoder_ort")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._vision = self._decoder = None
+
+    def encode(self, tiles: ImageTiles) -> OrtFeatures:
+        session = _opened(self._vision)
+        inputs = {
+            "pixel_values": tiles.pixel_values[None],
+            "aspect_ratio_ids": np.array([tiles.aspect_ratio_id], np.int64),
+            "aspect_ratio_mask": tiles.aspect_ratio_mask[None],
+        }
+        names = [output.name for output in session.get_outputs()]
+        return OrtFeatures(tiles.key, tiles.num_tiles, dict(zip(names, session.run(names, inputs), strict=True)))
+
+    def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> OrtSlots:
+        model = self._bundle.manifest.model
+        try:
+            return OrtSlots(_opened(self._decoder), model, num_slots, cache_len, num_tiles)
+        except MemoryError as error:
+            raise ResourceError(
+                "not enough memory for the key/value cache",
+                found=f"{num_slots} rows of {cache_len} tokens",
+                hint="lower max_new_tokens or run fewer rows at a time",
+            ) from error
+
+    def _session(self, graph: str) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self._num_threads
+        options.log_severity_level = _LOG_ERRORS_ONLY
+        path = self._bundle.path(self._bundle.manifest.graphs[graph].file)
+        try:
+            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except MemoryError as error:
+            raise ResourceError("not enough memory to load the graph", where=path) from error
+        except Exception as error:  # ONNX Runtime raises its own types, which share no base class
+            raise BundleError("ONNX Runtime cannot load the graph", where=path, found=str(error)) from error
+
+
+class OrtSlots:
+    """Caches of N slots as numpy arrays; the decoder reads and writes views of them."""
+
+    def __init__(
+        self, session: ort.InferenceSession, model: ModelConfig, num_slots: int, cache_len: int, num_tiles: int
+    ) -> None:
+        text, self._num_patches = model.text, model.vision.num_patches
+        self._session, self._num_tiles, self._vocab_size = session, max(1, num_tiles), text.vocab_size
+        heads, width = text.num_kv_heads, text.head_dim
+        names = [value.name for value in session.get_inputs()]
+        # np.zeros takes pages from the system as they are touched: an unused tail of the cache costs nothing.
+        self._caches = {
+            name: np.zeros((num_slots, heads, cache_len, width), np.float32) for name in names if name.startswith("past_")
+        }
+        rows = self._num_tiles * self._num_patches
+        self._cross = {
+            name: np.zeros((num_slots, heads, rows, width), np.float32)
+            for name in names
+            if name.startswith(("cross_key_", "cross_value_"))
+        }
+        self._has_image = np.zeros(num_slots, np.bool_)
+        self._visibility = np.zeros((num_slots, 1, self._num_tiles), np.bool_)
+        self._decode_step: _Step | None = None
+
+    def prefill(
+        self,
+        slot: int,
+        token_ids: NDArray[np.int64],
+        position: int,
+        visibility: NDArray[np.bool_],
+        features: Sequence[Features],
+        *,
+        with_padding_tiles: bool,
+    ) -> NDArray[np.float32]:
+        if position == 0:
+            self._load(slot, features)
+        row = slice(slot, slot + 1)
+        if with_padding_tiles:
+            tensors = [_own(feature).tensors for feature in features]
+            cross = {name: _joined([each[name] for each in tensors]) for name in self._cross}
+            num_tiles = next(iter(cross.values())).shape[2] // self._num_patches
+            mask = np.zeros((1, len(token_ids), num_tiles), np.bool_)
+        else:
+            cross = {name: array[row] for name, array in self._cross.items()}
+            mask = np.zeros((1, len(token_ids), self._num_tiles), np.bool_)
+            mask[0, :, : visibility.shape[1]] = visibility
+            self._visibility[slot, 0] = mask[0, -1]
+        step = _Step(self._session, self._views(row), cross, self._has_image[row], mask, self._vocab_size)
+        return step.run(token_ids[None], np.array([position], np.int64))[0]
+
+    def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        batch = len(token_ids)
+        if self._decode_step is None or self._decode_step.batch != batch:
+            row = slice(0, batch)
+            cross = {name: array[row] for name, array in self._cross.items()}
+            self._decode_step = _Step(
+                self._session, self._views(row), cross, self._has_image[row], self._visibility[row], self._vocab_size
+            )
+        return self._decode_step.run(token_ids[:, None], positions)
+
+    def _views(self, row: slice) -> dict[str, Array]:
+        return {name: cache[row] for name, cache in self._caches.items()}
+
+    def _load(self, slot: int, features: Sequence[Features]) -> None:
+        """Write the pictures' keys and values behind one another, without their padding tiles."""
+        self._has_image[slot] = bool(features)
+        start = 0
+        for feature in features:
+            own = _own(feature)
+            stop = start + own.num_tiles * self._num_patches
+            for name, array in self._cross.items():
+                array[slot, :, start:stop] = own.tensors[name][0, :, : stop - start]
+            start = stop
+
+
+class _Step:
+    """The decoder with every input and output bound; running it writes token ids and lengths into bound memory."""
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        caches: Mapping[str, Array],
+        cross: Mapping[str, Array],
+        has_image: NDArray[np.bool_],
+        mask: NDArray[np.bool_],
+        vocab_size: int,
+    ) -> None:
+        self.batch, seq = mask.shape[:2]
+        self._session, self._binding = session, session.io_binding()
+        self._token_ids = np.zeros((self.batch, seq), np.int64)
+        self._write_indices, self._kv_lengths = np.zeros(self.batch, np.int64), np.zeros(self.batch, np.int64)
+        self._logits = np.zeros((self.batch, vocab_size), np.float32)
+        inputs = {
+            "input_ids": self._token_ids,
+            "write_indices": self._write_indices,
+            "kv_lengths": self._kv_lengths,
+            "logits_indices": np.full(self.batch, seq - 1, np.int64),
+            "cross_attention_mask": np.ascontiguousarray(mask),
+            "has_image": np.ascontiguousarray(has_image),
+            **cross,
+        }
+        for name, array in inputs.items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))
+        for name, array in caches.items():
+            value = ort.OrtValue.ortvalue_from_numpy(array)
+            self._binding.bind_ortvalue_input(name, value)
+            self._binding.bind_ortvalue_output(name.replace("past_", "present_"), value)
+        self._binding.bind_ortvalue_output("logits", ort.OrtValue.ortvalue_from_numpy(self._logits))
+        self._kept = (inputs, caches)  # the bound memory belongs to these arrays
+
+    def run(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        self._token_ids[:] = token_ids
+        self._write_indices[:] = positions
+        self._kv_lengths[:] = positions + token_ids.shape[1]
+        self._session.run_with_iobinding(self._binding)
+        return self._logits
+
+
+def _joined(arrays: Sequence[Array]) -> Array:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays, axis=2)
+
+
+def _own(feature: Features) -> OrtFeatures:
+    if not isinstance(feature, OrtFeatures):
+        raise UsageError("a picture was encoded by another back end", found=type(feature).__name__)
+    return feature
+
+
+def _opened(session: ort.InferenceSession | None) -> ort.InferenceSession:
+    if session is None:
+        raise UsageError("the engine is closed", hint="use it inside its `with` block")
+    return session

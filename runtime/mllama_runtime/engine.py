@@ -1,0 +1,359 @@
+"""The production entrance: a bundle and requests in, text out.
+
+    with Engine.load("bundle") as engine:
+        print(engine.generate("What is this?", images=["photo.jpg"]).text)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import numpy as np
+
+from mllama_runtime.backends import Backend, Features, backend_from_bundle
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.chat import ChatTemplate, messages_from, tools_from
+from mllama_runtime.decode import FinishReason, Row, TokenEvent, events_from_rows
+from mllama_runtime.errors import BundleError, GateError, RequestError, UsageError
+from mllama_runtime.fields import load_json, parse
+from mllama_runtime.images import DEFAULT_MAX_PIXELS, ImageSource, load_image
+from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
+from mllama_runtime.prompt import Prompt, image_visibility, prompt_from_messages, prompt_from_text
+from mllama_runtime.sampling import Sampler, SamplingParams
+from mllama_runtime.streaming import TextStream
+from mllama_runtime.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationConfig:
+    """generation.json: the tokens that end an answer, and the special tokens a chat template may name by a variable."""
+
+    eos_token_ids: tuple[int, ...]
+    token_variables: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedImage:
+    """A picture the vision graph has already seen; give it to any number of prompts of the same engine."""
+
+    key: str
+    num_tiles: int
+    features: Features = field(repr=False)
+    engine: Engine = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing to answer.
+
+    Args:
+        prompt: a question, put to the model as a user's message; or a conversation, as a list of
+            {"role", "content"} messages in the Hugging Face form (see `chat.messages_from`).
+        images: pictures, each a path, bytes, Pillow image, uint8 array or `EncodedImage`. With a question they stand
+            before it; with a conversation they fill its image parts in order.
+        system: a system message to put first.
+        tools: tools the model may call, as JSON-schema functions.
+        sampling: how to choose tokens.
+        raw: continue `prompt` as it stands, without chat template; `<|image|>` in it is a picture's place. Bundles of
+            base models have no template and always do this.
+    """
+
+    prompt: str | Sequence[Mapping[str, Any]]
+    images: Sequence[ImageSource | EncodedImage] = ()
+    system: str | None = None
+    tools: Sequence[Mapping[str, Any]] | None = None
+    sampling: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
+    raw: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of a request; `image_tokens` are rows of picture patches the decoder attends to."""
+
+    prompt_tokens: int
+    image_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Wall-clock milliseconds. `vision_ms` is 0 when every picture was an `EncodedImage`."""
+
+    preprocess_ms: float
+    vision_ms: float
+    prefill_ms: float
+    decode_ms_per_token: float
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """An answer. `token_ids` include the end token; `finish_reason` is "cancelled" when the stream was closed early."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | Literal["cancelled"]
+    usage: Usage
+    timings: Timings
+    logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] | None
+    notices: tuple[str, ...]
+
+
+class Engine:
+    """A bundle ready to answer, as a context manager; nothing is loaded onto a device before it is entered.
+
+    One engine serves one caller at a time.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle, self.model = bundle, bundle.manifest.model
+        self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
+        self._generation = parse(
+            GenerationConfig, _json(bundle, "generation.json"), where="generation.json", error=BundleError
+        )
+        self._template = _template(bundle, self.tokenizer, self._generation)
+        self._preprocessor = PreprocessorConfig.from_dict(
+            _json(bundle, "preprocessor.json"), bundle.path("preprocessor.json")
+        )
+        self._backend, self._is_open = backend, False
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | Path,
+        *,
+        backend: str = "auto",
+        num_threads: int | None = None,
+        verify: Literal["full", "quick"] = "full",
+    ) -> Engine:
+        """Open a bundle.
+
+        Args:
+            bundle: its folder.
+            backend: "cpu", or "auto" for the best one installed.
+            num_threads: CPU threads; by default all the process may use.
+            verify: "full" hashes every file against the manifest before anything is loaded; "quick" compares sizes
+                and headers, for a service that ran `mllama verify` before.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or of another version.
+            GateError: a file is not what the manifest says.
+            EnvironmentFault: no back end is installed.
+        """
+        opened = Bundle.open(Path(bundle))
+        problems = opened.verify(full=verify == "full").problems
+        if problems:
+            raise GateError(f"the bundle is damaged: {'; '.join(map(str, problems))}", where=bundle)
+        return cls(opened, backend_from_bundle(opened, backend, num_threads))
+
+    def __enter__(self) -> Self:
+        self._backend.__enter__()
+        self._is_open = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._is_open = False
+        self._backend.__exit__(kind, error, trace)
+
+    def close(self) -> None:
+        """Free what entering took; a second time does nothing."""
+        self.__exit__(None, None, None)
+
+    def generate(self, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> Generation:
+        """Answer one request; the arguments are `Request`'s. Raises RequestError, ImageError, ResourceError."""
+        return self.generate_batch([Request(prompt, **options)])[0]
+
+    def generate_batch(self, requests: Sequence[Request]) -> list[Generation]:
+        """Answer several requests together, each exactly as if it were alone."""
+        if not requests:
+            return []
+        with self._stream(requests) as stream:
+            for _ in stream:
+                pass
+            return stream.generations()
+
+    def stream(self, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> Stream:
+        """Answer one request token by token; the arguments are `Request`'s.
+
+        The prompt and the pictures are checked and encoded here; prefill starts with the first `next`.
+        """
+        return self._stream([Request(prompt, **options)])
+
+    def encode_image(self, image: ImageSource) -> EncodedImage:
+        """Run the vision graph on a picture once, for any number of prompts. Raises ImageError."""
+        return self._encode(image, _Clock())
+
+    def prompt(self, request: Request) -> Prompt:
+        """The request's token ids and pictures, as the model will see them. Raises RequestError."""
+        if request.raw or self._template is None:
+            return self._raw_prompt(request)
+        if isinstance(request.prompt, str):
+            if not request.prompt.strip() and not request.images:
+                raise RequestError("is empty", where="prompt", hint="ask something, or give a picture")
+            parts: list[dict[str, Any]] = [{"type": "image"} for _ in request.images]
+            messages: list[Mapping[str, Any]] = [
+                {"role": "user", "content": [*parts, {"type": "text", "text": request.prompt}]}
+            ]
+        else:
+            messages = list(request.prompt)
+        if request.system is not None:
+            messages.insert(0, {"role": "system", "content": request.system})
+        return prompt_from_messages(
+            messages_from(messages),
+            template=self._template,
+            tokenizer=self.tokenizer,
+            images=request.images,
+            tools=None if request.tools is None else tools_from(request.tools),
+        )
+
+    def _raw_prompt(self, request: Request) -> Prompt:
+        if not isinstance(request.prompt, str):
+            why = "raw" if request.raw else "the bundle has no chat template, as base models have none"
+            raise RequestError("is a conversation", where="prompt", expected=f"text, because {why}")
+        for name, value in (("system", request.system), ("tools", request.tools)):
+            if value is not None:
+                raise RequestError("needs a chat template", where=name, hint="write it into the prompt")
+        return prompt_from_text(request.prompt, request.images, tokenizer=self.tokenizer)
+
+    def _stream(self, requests: Sequence[Request]) -> Stream:
+        if not self._is_open:
+            raise UsageError("the engine is not open", hint="use it as `with Engine.load(...) as engine:`")
+        return Stream(self, requests, self._backend)
+
+    def _encode(self, image: object, clock: _Clock) -> EncodedImage:
+        if isinstance(image, EncodedImage):
+            if image.engine is not self:
+                raise RequestError("was encoded by another engine", where="images", hint="encode it with this one")
+            return image
+        if not self._is_open:
+            raise UsageError("the engine is not open", hint="use it as `with Engine.load(...) as engine:`")
+        start = time.perf_counter()
+        tiles = preprocess(load_image(image, max_pixels=DEFAULT_MAX_PIXELS), self._preprocessor)  # type: ignore[arg-type]
+        encoding = time.perf_counter()
+        features = self._backend.encode(tiles)
+        clock.preprocess_seconds += encoding - start
+        clock.vision_seconds += time.perf_counter() - encoding
+        return EncodedImage(features.key, features.num_tiles, features, self)
+
+    def _row(self, index: int, request: Request, prompt: Prompt, images: Sequence[EncodedImage]) -> Row:
+        sampling, limit = request.sampling, self.model.text.max_seq_len
+        room = limit - len(prompt.token_ids)
+        if room < 1:
+            raise RequestError(
+                "the prompt is too long",
+                where="prompt",
+                expected=f"at most {limit - 1} tokens, so that one more fits the context of {limit}",
+                found=f"{len(prompt.token_ids)} tokens",
+                hint="shorten it",
+            )
+        sampler = Sampler(
+            sampling, self.model.text.vocab_size, prompt.token_ids, self._generation.eos_token_ids, row=index
+        )
+        return Row(
+            token_ids=np.array(prompt.token_ids, np.int64),
+            visibility=image_visibility(
+                prompt.token_ids, self.model.image_token_id, [image.num_tiles for image in images]
+            ),
+            features=[image.features for image in images],
+            sampler=sampler,
+            text=TextStream(self.tokenizer.backend, sampling.stop),
+            max_new_tokens=min(sampling.max_new_tokens, room),
+        )
+
+
+@dataclass(slots=True)
+class _Clock:
+    preprocess_seconds: float = 0.0
+    vision_seconds: float = 0.0
+
+
+class Stream:
+    """An iterator of `TokenEvent`s that can be closed early; closing stops the work.
+
+    `generation()` is the answer so far, and the whole answer once the iterator is exhausted.
+    """
+
+    def __init__(self, engine: Engine, requests: Sequence[Request], backend: Backend) -> None:
+        self._engine, self._requests = engine, requests
+        self._prompts = [engine.prompt(request) for request in requests]
+        self._clocks = [_Clock() for _ in requests]
+        images = [
+            [engine._encode(image, clock) for image in prompt.images]
+            for prompt, clock in zip(self._prompts, self._clocks, strict=True)
+        ]
+        self._rows = [
+            engine._row(index, request, prompt, encoded)
+            for index, (request, prompt, encoded) in enumerate(zip(requests, self._prompts, images, strict=True))
+        ]
+        self._logprobs: list[list[tuple[float, tuple[tuple[int, float], ...]]]] = [[] for _ in requests]
+        slots = backend.slots(
+            num_slots=len(self._rows),
+            cache_len=max(row.cache_len for row in self._rows),
+            num_tiles=max(row.visibility.shape[1] for row in self._rows),
+        )
+        self._events = events_from_rows(slots, self._rows, engine.bundle.manifest.mask_semantics)
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        return self
+
+    def __next__(self) -> TokenEvent:
+        event = next(self._events)
+        if event.logprob is not None:
+            self._logprobs[event.row].append((event.logprob, event.top_logprobs))
+        return event
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop generating and free the caches; a second time does nothing."""
+        self._events = iter(())
+
+    def generation(self) -> Generation:
+        """The first row's answer so far."""
+        return self.generations()[0]
+
+    def generations(self) -> list[Generation]:
+        """Every row's answer so far."""
+        return [self._generation(index) for index in range(len(self._rows))]
+
+    def _generation(self, index: int) -> Generation:
+        row, clock = self._rows[index], self._clocks[index]
+        num_steps = max(1, len(row.generated) - 1)
+        patches = self._engine.model.vision.num_patches
+        return Generation(
+            text=row.text.text,
+            token_ids=tuple(row.generated),
+            finish_reason=row.finish_reason or "cancelled",
+            usage=Usage(len(row.token_ids), row.visibility.shape[1] * patches, len(row.generated)),
+            timings=Timings(
+                preprocess_ms=clock.preprocess_seconds * 1e3,
+                vision_ms=clock.vision_seconds * 1e3,
+                prefill_ms=row.prefill_seconds * 1e3,
+                decode_ms_per_token=row.decode_seconds / num_steps * 1e3,
+            ),
+            logprobs=None if self._requests[index].sampling.logprobs is None else tuple(self._logprobs[index]),
+            notices=self._prompts[index].notices,
+        )
+
+
+def _template(bundle: Bundle, tokenizer: Tokenizer, generation: GenerationConfig) -> ChatTemplate | None:
+    name = "chat_template.jinja"
+    if name not in bundle.manifest.files:
+        return None
+    return ChatTemplate.from_file(
+        bundle.path(name), special_tokens=tokenizer.special_tokens, token_variables=generation.token_variables
+    )
+
+
+def _json(bundle: Bundle, name: str) -> Any:
+    return load_json(bundle.path(name).read_bytes(), where=bundle.path(name), error=BundleError)
