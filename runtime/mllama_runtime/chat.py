@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import TypeAlias, cast
 
 from mllama_runtime.errors import BundleError, RequestError
+from mllama_runtime.fields import show
 from mllama_runtime.sandbox import SandboxedTemplate
 from mllama_runtime.tokenizer import BOS_TOKEN, checked_text
 
 logger = logging.getLogger(__name__)
 
-Json: TypeAlias = "None | bool | int | float | str | list[Json] | dict[str, Json]"
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 JsonObject: TypeAlias = dict[str, Json]
 
 ROLES = ("system", "user", "assistant", "tool", "ipython")
@@ -100,7 +101,7 @@ def _message_from(value: object, where: str) -> Message:
     fields = _object(value, where, ("role", "content", "tool_calls", "name", "tool_call_id"))
     role = checked_text(fields.get("role"), f"{where}.role")
     if role not in ROLES:
-        raise RequestError("is unknown", where=f"{where}.role", expected=f"one of {', '.join(ROLES)}", found=repr(role))
+        raise RequestError("is unknown", where=f"{where}.role", expected=f"one of {', '.join(ROLES)}", found=show(role))
     calls = tuple(
         _tool_call_from(item, f"{where}.tool_calls[{index}]")
         for index, item in enumerate(_list(fields.get("tool_calls", []), f"{where}.tool_calls"))
@@ -139,13 +140,13 @@ def _part_from(value: object, where: str) -> TextPart | ImagePart:
         return ImagePart(image)
     if not isinstance(value, Mapping):
         raise _unexpected(value, where, 'an object with a "type"')
-    raise RequestError("is unknown", where=f"{where}.type", expected="'text' or 'image'", found=repr(kind))
+    raise RequestError("is unknown", where=f"{where}.type", expected="'text' or 'image'", found=show(kind))
 
 
 def _tool_call_from(value: object, where: str) -> ToolCall:
     fields = _object(value, where, ("id", "type", "function"))
     if fields.get("type", "function") != "function":
-        raise RequestError("is unknown", where=f"{where}.type", expected="'function'", found=repr(fields["type"]))
+        raise RequestError("is unknown", where=f"{where}.type", expected="'function'", found=show(fields["type"]))
     function = _object(fields.get("function"), f"{where}.function", ("name", "arguments"))
     arguments = _json(function.get("arguments", {}), f"{where}.function.arguments")
     if not isinstance(arguments, dict | str):
@@ -167,7 +168,7 @@ def _object(value: object, where: str, known: Collection[str]) -> dict[str, obje
     fields = {key: item for key, item in value.items() if item is not None}
     for key in fields:
         if key not in known:
-            raise RequestError(f"has an unknown key {key!r}", where=where, expected=f"only {', '.join(known)}")
+            raise RequestError(f"has an unknown key {show(key)}", where=where, expected=f"only {', '.join(known)}")
     return fields
 
 

@@ -120,9 +120,11 @@ def decode(slots: Slots, rows: Sequence[Row]) -> Iterator[TokenEvent]:
     # A row finished by length has no cache position left for its last token; it writes over its own last entry.
     positions = np.minimum(positions, [row.cache_len - 1 for row in rows])
     logits = slots.decode(token_ids, positions)
+    events = []
     for index, row in enumerate(rows):
         if row.finish_reason is None:
-            event = row.accept(index, row.sampler.sample(logits[index]))
-            row.decode_seconds += time.perf_counter() - start
-            yield event
-            start = time.perf_counter()
+            events.append(row.accept(index, row.sampler.sample(logits[index])))
+    elapsed = time.perf_counter() - start
+    for event in events:
+        rows[event.row].decode_seconds += elapsed
+    yield from events

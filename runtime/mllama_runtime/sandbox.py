@@ -150,8 +150,12 @@ def _tojson(
 
 def _with_ticks(tree: jinja2.nodes.Template) -> jinja2.nodes.Template:
     """Has every loop and every macro look at the clock on each turn."""
-    turning = (jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)
-    for node in list(tree.find_all(turning)):
+    turning: list[jinja2.nodes.For | jinja2.nodes.Macro | jinja2.nodes.CallBlock] = [
+        *tree.find_all(jinja2.nodes.For),
+        *tree.find_all(jinja2.nodes.Macro),
+        *tree.find_all(jinja2.nodes.CallBlock),
+    ]
+    for node in turning:
         tick = jinja2.nodes.Filter(jinja2.nodes.ContextReference(), "_tick", [], [], None, None)
         node.body.insert(0, jinja2.nodes.ExprStmt(tick, lineno=node.lineno))
     return tree.set_environment(tree.environment)  # type: ignore[return-value, arg-type]

@@ -41,6 +41,11 @@ class Tokenizer:
         backend: the loaded tokenizer; it is owned, and configured, by this object from here on.
         where: the name that errors give it.
 
+    Attributes:
+        backend: the same, for `streaming`, which reads tokens from it.
+        special_tokens: the special tokens' names.
+        special_ids: their ids.
+
     Raises:
         BundleError: a special token this runtime needs is missing, or one matches in a way it does not know.
     """
@@ -61,7 +66,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True  # the library reads special tokens as plain text
-        self._backend = backend
+        self.backend = backend
         self._where = where
         self._special = special
         longest_first = sorted(special, key=len, reverse=True)
@@ -87,11 +92,11 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of tokens, the special ones and `<|image|>` included."""
-        return int(self._backend.get_vocab_size(with_added_tokens=True))
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
 
     def id_of(self, token: str) -> int:
         """The id of a token by its name, for example `<|eot_id|>`."""
-        token_id: int | None = self._backend.token_to_id(token)
+        token_id: int | None = self.backend.token_to_id(token)
         if token_id is None:
             raise BundleError(f"has no token {token!r}", where=self._where)
         return token_id
@@ -116,7 +121,7 @@ class Tokenizer:
                 token_ids.append(self._special[piece])
             else:
                 plain = piece.replace(guard, "") if guard else piece
-                token_ids.extend(self._backend.encode(plain, add_special_tokens=False).ids)
+                token_ids.extend(self.backend.encode(plain, add_special_tokens=False).ids)
         if add_bos and self.bos_token_id not in token_ids:
             start = next((i for i, token_id in enumerate(token_ids) if token_id != self.image_token_id), len(token_ids))
             token_ids.insert(start, self.bos_token_id)
@@ -124,4 +129,4 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], *, skip_special: bool = True) -> str:
         """The text of `token_ids`; ids the vocabulary does not have stand for nothing."""
-        return str(self._backend.decode(list(token_ids), skip_special_tokens=skip_special))
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,13 +17,20 @@ BACKENDS = ("auto", "cpu")
 
 
 class Features(Protocol):
-    """Keys and values of one picture for every cross-attention layer, wherever the back end keeps them."""
+    """Keys and values of one picture for every cross-attention layer, wherever the back end keeps them.
+
+    G key/value heads, P num_patches, D head_dim.
+    """
 
     @property
     def num_tiles(self) -> int: ...
 
     @property
     def key(self) -> str: ...
+
+    def arrays(self) -> Mapping[str, NDArray[np.float32]]:
+        """On the host, by the vision graph's output names: [1, G, max_num_tiles*P, D], padding tiles included."""
+        ...
 
 
 class Slots(Protocol):
@@ -52,6 +59,10 @@ class Slots(Protocol):
 
         Each sees the tiles that the last token of its slot's prefill sees. The result is overwritten by the next call.
         """
+        ...
+
+    def cached(self, slot: int, num_tokens: int) -> Mapping[str, NDArray[np.float32]]:
+        """A slot's first cache entries on the host, by the decoder's input names: [1, G, num_tokens, D]."""
         ...
 
 

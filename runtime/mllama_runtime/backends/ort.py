@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import onnxruntime as ort
@@ -23,6 +23,7 @@ from mllama_runtime.preprocessing import ImageTiles
 
 Array = NDArray[Any]
 _LOG_ERRORS_ONLY = 3
+_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,21 +34,27 @@ class OrtFeatures:
     num_tiles: int
     tensors: Mapping[str, Array]
 
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        return {name: array.astype(np.float32) for name, array in self.tensors.items()}
+
 
 class OrtBackend:
-    """Runs a bundle's ONNX Runtime graphs."""
+    """Runs a bundle's graphs for ONNX Runtime, or with `standard` the ones that define the product, for validation.
+
+    Standard graphs need kernels for their precision: there are none for bfloat16 on the CPU.
+    """
 
     name = "cpu"
 
-    def __init__(self, bundle: Bundle, num_threads: int | None = None) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, num_threads: int | None = None, *, standard: bool = False) -> None:
+        self._bundle, self._suffix = bundle, "" if standard else "_ort"
         self._num_threads = num_threads or len(os.sched_getaffinity(0))
         self._vision: ort.InferenceSession | None = None
         self._decoder: ort.InferenceSession | None = None
 
     def __enter__(self) -> Self:
-        self._vision = self._session("vision_ort")
-        self._decoder = self._session("decoder_ort")
+        self._vision = self._session("vision")
+        self._decoder = self._session("decoder")
         return self
 
     def __exit__(
@@ -76,11 +83,11 @@ class OrtBackend:
                 hint="lower max_new_tokens or run fewer rows at a time",
             ) from error
 
-    def _session(self, graph: str) -> ort.InferenceSession:
+    def _session(self, graph: Literal["vision", "decoder"]) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._num_threads
         options.log_severity_level = _LOG_ERRORS_ONLY
-        path = self._bundle.path(self._bundle.manifest.graphs[graph].file)
+        path = self._bundle.path(self._bundle.manifest.graphs[f"{graph}{self._suffix}"].file)  # type: ignore[index]
         try:
             return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except MemoryError as error:
@@ -98,15 +105,17 @@ class OrtSlots:
         text, self._num_patches = model.text, model.vision.num_patches
         self._session, self._num_tiles, self._vocab_size = session, max(1, num_tiles), text.vocab_size
         heads, width = text.num_kv_heads, text.head_dim
-        names = [value.name for value in session.get_inputs()]
+        dtypes = {value.name: _DTYPES.get(value.type, np.float32) for value in session.get_inputs()}
         # np.zeros takes pages from the system as they are touched: an unused tail of the cache costs nothing.
         self._caches = {
-            name: np.zeros((num_slots, heads, cache_len, width), np.float32) for name in names if name.startswith("past_")
+            name: np.zeros((num_slots, heads, cache_len, width), dtype)
+            for name, dtype in dtypes.items()
+            if name.startswith("past_")
         }
         rows = self._num_tiles * self._num_patches
         self._cross = {
-            name: np.zeros((num_slots, heads, rows, width), np.float32)
-            for name in names
+            name: np.zeros((num_slots, heads, rows, width), dtype)
+            for name, dtype in dtypes.items()
             if name.startswith(("cross_key_", "cross_value_"))
         }
         self._has_image = np.zeros(num_slots, np.bool_)
@@ -148,6 +157,9 @@ class OrtSlots:
                 self._session, self._views(row), cross, self._has_image[row], self._visibility[row], self._vocab_size
             )
         return self._decode_step.run(token_ids[:, None], positions)
+
+    def cached(self, slot: int, num_tokens: int) -> dict[str, NDArray[np.float32]]:
+        return {name: cache[slot : slot + 1, :, :num_tokens].astype(np.float32) for name, cache in self._caches.items()}
 
     def _views(self, row: slice) -> dict[str, Array]:
         return {name: cache[row] for name, cache in self._caches.items()}

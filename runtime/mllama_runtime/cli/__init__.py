@@ -12,11 +12,11 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -27,8 +27,8 @@ from ..disk import is_full
 from ..errors import EnvironmentFault, MllamaError, ResourceError
 from ..fields import printable
 
-_OWN_PACKAGES = ("mllama_runtime", "mllama_exporter")
 _JSON = "mllama.json"
+_BUG = 70  # EX_SOFTWARE of sysexits.h
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +58,11 @@ class LazyGroup(click.Group):
         return list(VERBS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        verb = VERBS.get(cmd_name)
-        if verb is None:
+        if cmd_name not in VERBS:
             return None
-        module, attribute = verb.target.split(":")
-        with _missing_packages(cmd_name, verb):
-            command: click.Command = getattr(importlib.import_module(module), attribute)
+        module, attribute = VERBS[cmd_name].target.split(":")
+        ctx.invoked_subcommand = cmd_name  # a missing package is blamed on its verb
+        command: click.Command = getattr(importlib.import_module(module), attribute)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -74,13 +73,13 @@ class LazyGroup(click.Group):
         with _sigterm_as_exit():
             try:
                 return super().invoke(ctx)
-            except (click.exceptions.Exit, click.Abort):
+            except click.exceptions.Exit:
                 raise
             except click.ClickException as fault:
                 if _JSON in ctx.meta:
-                    _echo_json_error(type(fault).__name__, fault.exit_code, fault.format_message())
+                    _echo_json(type(fault).__name__, fault.exit_code, fault.format_message())
                 raise
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, click.Abort):
                 click.echo("mllama: interrupted", err=True)
                 ctx.exit(130)
             except BrokenPipeError:
@@ -91,9 +90,80 @@ class LazyGroup(click.Group):
                 _fail(ctx, fault)
 
 
-def json_option[F: Callable[..., Any]](command: F) -> F:
-    ...
+Decorated = Callable[..., Any]
+
+
+def json_option(command: Decorated) -> Decorated:
+    """`--json`, given to the function as `as_json`; errors then come as JSON on stdout too."""
+
+    def remember(ctx: click.Context, param: click.Parameter, value: bool) -> bool:
+        if value:
+            ctx.meta[_JSON] = True
+        return value
+
+    help_text = "Print one JSON object on stdout."
+    return click.option("--json", "as_json", is_flag=True, is_eager=True, callback=remember, help=help_text)(command)
 
 
 def example(*lines: str) -> str:
-    ...
+    """The epilog of a verb's --help: commands a reader can copy."""
+    return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mllama")
+def main() -> None:
+    """Llama 3.2 Vision from checkpoint to production: export, check, validate and run bundles."""
+
+
+def _fail(ctx: click.Context, fault: Exception) -> NoReturn:
+    error = _for_people(fault, VERBS.get(ctx.invoked_subcommand or ""))
+    message = str(error or f"internal error: {type(fault).__name__}: {fault}")
+    code = error.exit_code if error else _BUG
+    if os.environ.get("MLLAMA_TRACEBACK"):
+        traceback.print_exception(fault)
+    elif error is None:
+        message += "; set MLLAMA_TRACEBACK=1 to see the traceback, and report it"
+    if _JSON in ctx.meta:
+        names = ("where", "what", "expected", "found", "hint") if error else ()
+        fields = {name: getattr(error, name) for name in names}
+        _echo_json(type(error or fault).__name__, code, message, **fields)
+    click.echo(f"mllama: error: {printable(' '.join(message.split()))}", err=True)
+    ctx.exit(code)
+
+
+def _for_people(fault: Exception, verb: Verb | None) -> MllamaError | None:
+    """The error of our own tree that an exception stands for; None for a bug."""
+    if isinstance(fault, MllamaError):
+        return fault
+    if isinstance(fault, ImportError) and verb and not (fault.name or "").startswith("mllama_"):
+        hint = f'pip install "mllama-deploy[{verb.extra}]"'
+        return EnvironmentFault(f"a package is missing or broken ({fault})", where=fault.name, hint=hint)
+    if isinstance(fault, MemoryError):
+        return ResourceError("out of memory")
+    if isinstance(fault, OSError) and is_full(fault):
+        return ResourceError("the disk is full", where=fault.filename, hint="free some space, or write elsewhere")
+    return None
+
+
+def _echo_json(kind: str, code: int, message: str, **fields: object) -> None:
+    texts = {name: None if value is None else str(value) for name, value in fields.items()}
+    click.echo(json.dumps({"error": {"type": kind, "exit_code": code, "message": message, **texts}}))
+
+
+@contextmanager
+def _sigterm_as_exit() -> Iterator[None]:
+    """Let SIGTERM unwind the stack like an exception, so that temporary files are removed."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(number, signal.SIG_IGN)  # once is enough: cleaning up is under way
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,120 @@
+"""`mllama inspect`: what a bundle holds, read from its manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from ..bundle import Bundle
+from ..config import ModelConfig
+from ..fields import printable, to_plain
+from ..manifest import GraphSpec, Manifest, TensorSpec
+from . import example, json_option
+
+Rows = list[tuple[str, ...]]
+
+
+@click.command(epilog=example("mllama inspect my-bundle", "mllama inspect my-bundle --json | jq .manifest.model"))
+@click.argument("bundle", type=click.Path(path_type=Path))
+@json_option
+def command(bundle: Path, as_json: bool) -> None:
+    """Show a bundle's dimensions, graphs, files, precision, mask semantics and verdict.
+
+    The files are checked quickly first; `mllama verify` does it in full.
+    """
+    opened = Bundle.open(bundle)
+    total = sum(entry.size_bytes for entry in opened.manifest.files.values())
+    if as_json:
+        manifest = to_plain(opened.manifest)
+        click.echo(json.dumps({"bundle": str(opened.root), "total_size_bytes": total, "manifest": manifest}))
+        return
+    manifest = opened.manifest
+    sections = [
+        ("", _summary(manifest)),
+        ("model", _model(manifest.model)),
+        *((f"graph {key}: {graph.file}", _graph(graph)) for key, graph in sorted(manifest.graphs.items())),
+        ("files", [*_files(manifest), ("total", f"{total:,} bytes", "")]),
+    ]
+    click.echo(printable(opened.manifest.name) + "\n" + "\n".join(_section(title, rows) for title, rows in sections))
+
+
+def _summary(manifest: Manifest) -> Rows:
+    source, weights, verdict = manifest.source, manifest.weights, manifest.validation
+    rows: Rows = [
+        ("precision", manifest.precision),
+        ("mask semantics", manifest.mask_semantics),
+        ("source", f"{source.format}, {source.num_tensors:,} tensors, {source.num_parameters:,} parameters"),
+        ("fingerprint", source.fingerprint),
+        (
+            "weights",
+            f"largest {weights.largest_abs:g}, {weights.num_clamped} clamped, {weights.num_nonfinite} not finite",
+        ),
+        ("options", _pairs(manifest.options.items())),
+        ("tools", _pairs(manifest.tools.items())),
+        ("engines", ", ".join(f"{engine.key} ({engine.backend})" for engine in manifest.engines) or "none"),
+    ]
+    if verdict is None:
+        rows.append(("validation", "none; run `mllama validate`"))
+    else:
+        counts = f"{verdict.num_failed} of {verdict.num_checks} checks failed"
+        rows.append(("validation", f"{verdict.verdict}: {counts} against {verdict.reference}; see {verdict.report}"))
+    return rows
+
+
+def _model(model: ModelConfig) -> Rows:
+    vision, text = model.vision, model.text
+    rope = f"{text.rope.rope_type}, theta {text.rope.theta:g}"
+    return [
+        ("", "vision", "text"),
+        ("hidden size", f"{vision.hidden_size}", f"{text.hidden_size}"),
+        ("intermediate size", f"{vision.intermediate_size}", f"{text.intermediate_size}"),
+        ("layers", f"{vision.num_layers} + {vision.num_global_layers} global", f"{text.num_layers}"),
+        ("heads x size", f"{vision.num_heads} x {vision.head_dim}", f"{text.num_heads} x {text.head_dim}"),
+        ("KV heads", "", f"{text.num_kv_heads}"),
+        ("cross-attention", "", ", ".join(map(str, text.cross_attention_layers))),
+        ("vocabulary", "", f"{text.vocab_size}"),
+        ("max length", "", f"{text.max_seq_len} tokens"),
+        ("RoPE", "", rope),
+        ("image", f"{vision.image_size} px, patch {vision.patch_size}, {vision.max_num_tiles} tiles", ""),
+        ("rows per tile", f"{vision.num_patches}", ""),
+    ]
+
+
+def _graph(graph: GraphSpec) -> Rows:
+    return [row for side, specs in (("in", graph.inputs), ("out", graph.outputs)) for row in _tensors(side, specs)]
+
+
+def _tensors(side: str, specs: Iterable[TensorSpec]) -> Rows:
+    """One row for tensors that differ in their layer alone."""
+    shapes = Counter(
+        (re.sub(r"_\d+$", "_*", spec.name), spec.dtype, f"[{', '.join(map(str, spec.shape))}]") for spec in specs
+    )
+    return [
+        (side, name, dtype, shape, f"x {count}" if count > 1 else "") for (name, dtype, shape), count in shapes.items()
+    ]
+
+
+def _files(manifest: Manifest) -> Rows:
+    return [(name, f"{entry.size_bytes:,} bytes", entry.sha256[:12]) for name, entry in sorted(manifest.files.items())]
+
+
+def _pairs(items: Iterable[tuple[str, object]]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(items)) or "none"
+
+
+def _section(title: str, rows: Rows) -> str:
+    """Rows in columns as wide as their widest entry; the last is left as it is, and sizes are set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"\n{title}"] if title else []
+    for row in rows:
+        cells = [
+            cell.rjust(width) if cell.endswith(" bytes") else cell.ljust(width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        lines.append(printable("  " + "  ".join(cells).rstrip()))
+    return "\n".join(lines)
