@@ -94,7 +94,7 @@ class Checkpoint:
         """Reads config.json, the index and every shard's header.
 
         Raises:
-            CheckpointError: a file is absent, truncated or malformed, index and shards disagree, the weights are pickled.
+            CheckpointError: a file is absent, truncated or malformed; index and shards disagree; weights are pickled.
         """
         paths, weight_map = _shard_paths(folder)
         identities = {path: _Identity.of(path) for path in (folder / "config.json", *paths)}

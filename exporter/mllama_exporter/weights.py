@@ -108,8 +108,8 @@ def write_weights(
     """Writes `plan`'s tensors to `path`, synced to disk; the same checkpoint and plan give the same bytes.
 
     Args:
-        clamp: cut finite values beyond the written dtype to its limit, instead of refusing them.
-        allow_damaged: let tensors with NaN or Inf, and matrices of zeros, through as they are.
+        clamp: cut values beyond the written dtype to its limit, instead of refusing them.
+        allow_damaged: let tensors with NaN or Inf, and matrices of zeros, through.
         progress: called with the bytes written and their total, after every block.
 
     Raises:
@@ -121,10 +121,10 @@ def write_weights(
     """
     header, blocks = _planned(checkpoint, plan)
     total = len(header) + sum(block.target_bytes for block in blocks)
-    free = shutil.disk_usage(path.parent).free
-    if total > free:
-        raise ResourceError("no room for the weights", where=path, expected=f"{total} bytes", found=f"{free} bytes")
     try:
+        free = shutil.disk_usage(path.parent).free
+        if total > free:
+            raise _no_room(path, total, free)
         with path.open("wb", buffering=0) as file:
             try:
                 _write(file.fileno(), header, 0)
@@ -133,7 +133,7 @@ def write_weights(
                 _check_damage(checkpoint, plan, stats, clamp, allow_damaged)
                 os.fsync(file.fileno())
             except BaseException:
-                path.unlink()
+                path.unlink(missing_ok=True)
                 raise
     except OSError as error:  # of writing: the checkpoint turns its own into CheckpointError
         raise _unwritable(path, total, error) from error
@@ -200,18 +200,17 @@ def _convert(checkpoint: Checkpoint, block: _Block, fd: int, clamp: bool, scratc
     data = _as_array(scratch.source, block.source, shape)
     checkpoint.read_into(block.spec.source, block.start * block.num_columns * block.source.itemsize, data)
     stats = _scan(data, target)
-    if clamp and stats.num_beyond:
-        data = _clamped(data, target)
+    clamp = clamp and stats.num_beyond > 0
     if not block.spec.transpose:
         if block.source != target:
-            data = _cast(data, _as_array(scratch.target, target, shape))
+            data = _cast(data, _as_array(scratch.target, target, shape), clamp)
         _write(fd, data, block.target.offset_bytes + block.start * target.itemsize)
         return stats
     turned = _as_array(scratch.target, target, shape[::-1])
     for row in range(0, shape[0], _STRIPE_ROWS):
         stripe = data[row : row + _STRIPE_ROWS]
         if stripe.dtype != target:
-            stripe = _cast(stripe, np.empty(stripe.shape, target))
+            stripe = _cast(stripe, np.empty(stripe.shape, target), clamp)
         _bits(turned)[:, row : row + _STRIPE_ROWS] = _bits(stripe).T
     num_rows = block.spec.shape[1]
     if shape[0] == num_rows:
@@ -231,24 +230,19 @@ def _bits(array: Array) -> Array:
     return array.view(f"u{array.itemsize}")
 
 
-def _cast(data: Array, out: Array) -> Array:
-    """Round to nearest even into `out`; what `out` cannot hold becomes Inf."""
+def _cast(data: Array, out: Array, clamp: bool) -> Array:
+    """Round to nearest even into `out`; what it cannot hold becomes Inf, or its largest value with `clamp`."""
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(out, data, casting="unsafe")
+    if clamp:
+        bits, infinity = _bits(out), _infinity(out.dtype)
+        bits[bits & bits.dtype.type(_sign(out.dtype) - 1) == infinity] -= 1
     return out
-
-
-def _clamped(data: Array, target: _DType) -> Array:
-    values = data.astype(np.float32)
-    limit = _largest(target)
-    beyond = np.isfinite(values) & (np.abs(values) > limit)
-    values[beyond] = np.copysign(np.float32(limit), values[beyond])
-    return values
 
 
 def _scan(data: Array, target: _DType) -> TensorStats:
     """Magnitudes compare like their bits without the sign, so two integer maxima tell a healthy block."""
-    bits, sign = _bits(data), 1 << (8 * data.itemsize - 1)
+    bits, sign = _bits(data), _sign(data.dtype)
     largest = max(int(bits.view(f"i{data.itemsize}").max()), int(bits.max()) - sign, 0)
     limit = _largest_bits(data.dtype, _largest(target))
     if largest <= limit:
@@ -258,6 +252,10 @@ def _scan(data: Array, target: _DType) -> TensorStats:
     num_beyond = np.count_nonzero(magnitudes > limit) - num_nan - num_inf
     largest = int(magnitudes[magnitudes < infinity].max(initial=0))
     return TensorStats(_value(largest, data.dtype), int(num_nan), int(num_inf), int(num_beyond))
+
+
+def _sign(dtype: _DType) -> int:
+    return 1 << (8 * dtype.itemsize - 1)
 
 
 def _infinity(dtype: _DType) -> int:
@@ -313,8 +311,12 @@ def _may_be_zero(spec: WeightSpec) -> bool:
 
 def _unwritable(path: Path, total: int, error: OSError) -> ResourceError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = shutil.disk_usage(path.parent).free
-        hint = "free some space and export again"
-        found = f"{free} bytes free"
-        return ResourceError("the disk is full", where=path, expected=f"{total} bytes", found=found, hint=hint)
+        return _no_room(path, total, shutil.disk_usage(path.parent).free)
     return ResourceError("cannot be written", where=path, found=error.strerror)
+
+
+def _no_room(path: Path, total: int, free: int) -> ResourceError:
+    hint = "free some space and export again"
+    return ResourceError(
+        "the disk is full", where=path, expected=f"{total} bytes", found=f"{free} bytes free", hint=hint
+    )

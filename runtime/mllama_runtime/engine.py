@@ -262,7 +262,7 @@ class Engine:
             ),
             features=[image.features for image in images],
             sampler=sampler,
-            text=TextStream(self.tokenizer._backend, sampling.stop),
+            text=TextStream(self.tokenizer.backend, sampling.stop),
             max_new_tokens=min(sampling.max_new_tokens, room),
         )
 

@@ -44,8 +44,8 @@ class SandboxedTemplate:
         try:
             self._template = environment.from_string(_with_ticks(environment.parse(source)))
         except Exception as error:  # besides its own errors, Jinja lets Python's compiler speak
-            line = getattr(error, "lineno", None)
-            raise BundleError("is not a chat template", where=where, found=f"{error} (line {line})") from error
+            line = f"line {error.lineno}, " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise BundleError("is not a chat template", where=where, found=f"{line}{error}") from error
 
     def render(self, variables: Mapping[str, object]) -> str:
         """What the template writes.
@@ -66,10 +66,9 @@ class SandboxedTemplate:
                 "the chat template refuses these messages", where=self._where, found=str(refusal)[:300]
             ) from refusal
         except Exception as error:  # a template can raise whatever Python can
+            kind = "" if isinstance(error, _LimitError) else f"{type(error).__name__}: "
             raise BundleError(
-                "the chat template fails on these messages",
-                where=self._where,
-                found=f"{type(error).__name__}: {str(error)[:300]}",
+                "the chat template fails on these messages", where=self._where, found=kind + str(error)[:300]
             ) from error
         return "".join(pieces)
 
