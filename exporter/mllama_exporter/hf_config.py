@@ -84,16 +84,13 @@ class _Section:
 
     def fault(self, key: str, what: str, *, expected: object = None, hint: str | None = None) -> None:
         found = show(self.values[key]) if key in self.values else None
-        separator = ": " if self.where.endswith(".json") else "."
-        where = f"{self.where}{separator}{key}"
-        self.faults.append(CheckpointError(what, where=where, expected=expected, found=found, hint=hint))
+        self.faults.append(CheckpointError(what, where=self._path(key), expected=expected, found=found, hint=hint))
 
     def section(self, key: str) -> _Section:
         values = self.values.get(key)
         if values is not None and not isinstance(values, dict):
             self.fault(key, "wrong type", expected="a JSON object")
-        separator = ": " if self.where.endswith(".json") else "."
-        return _Section(values if isinstance(values, dict) else {}, f"{self.where}{separator}{key}", self.faults)
+        return _Section(values if isinstance(values, dict) else {}, self._path(key), self.faults)
 
     def integer(self, key: str, default: int | None = None, *, alias: str = "", low: int = 1) -> int:
         if key not in self.values and alias in self.values:
@@ -137,19 +134,20 @@ class _Section:
         self._refuse(key, " or ".join(map(repr, supported)))
         return supported[0]
 
-    def _refuse(self, key: str, expected: str) -> None:
-        self.fault(key, "not supported" if key in self.values else "absent", expected=expected)
-
     def refuse_quantized(self) -> None:
         if self.values.get("quantization_config") is not None:
             hint = "export the original checkpoint and quantise the bundle with `mllama quantize`"
-            self.fault(
-                "quantization_config", "the weights are already quantised, and packed, by another tool", hint=hint
-            )
+            self.fault("quantization_config", "another tool has quantised and packed the weights", hint=hint)
 
     def ignore_code(self) -> None:
         if "auto_map" in self.values:
-            logger.warning("%s: auto_map is ignored: code that comes with a checkpoint is never executed", self.where)
+            logger.warning("%s: ignored: code that comes with a checkpoint is never executed", self._path("auto_map"))
+
+    def _refuse(self, key: str, expected: str) -> None:
+        self.fault(key, "not supported" if key in self.values else "absent", expected=expected)
+
+    def _path(self, key: str) -> str:
+        return f"{self.where}: {key}" if self.where.endswith(".json") else f"{self.where}.{key}"
 
 
 def _vision(section: _Section) -> VisionConfig:
@@ -206,7 +204,7 @@ def _rope(text: _Section) -> RopeConfig:
     """RoPE from `rope_parameters`, or from `rope_theta` and `rope_scaling` (where null means plain RoPE)."""
     keys = [key for key in ("rope_parameters", "rope_scaling") if text.values.get(key) is not None]
     if len(keys) == 2 and text.values[keys[0]] != text.values[keys[1]]:
-        text.fault("rope_scaling", "contradicts rope_parameters", expected=text.values["rope_parameters"])
+        text.fault("rope_scaling", "contradicts rope_parameters", expected=show(text.values["rope_parameters"]))
     if not keys and ("rope_scaling" not in text.values or "rope_theta" not in text.values):
         hint = "copy them from the model this one was tuned from; write rope_scaling: null for plain RoPE"
         text.fault("rope_parameters", "RoPE is not fully given, and guessing it would change the model", hint=hint)
@@ -239,9 +237,9 @@ def _llama3_rope(rope: _Section, text: _Section, theta: float) -> RopeConfig:
 
 def _home(key: str, rope: _Section, text: _Section) -> _Section:
     """Where a RoPE field stands that may stand beside `rope_type` or one level up."""
-    homes = [section for section in (rope, text) if key in section.values]
+    homes = [section for section in (rope, text) if section.values.get(key) is not None]
     if len(homes) == 2 and rope.values[key] != text.values[key]:
-        text.fault(key, "contradicts the value beside rope_type", expected=rope.values[key])
+        text.fault(key, "contradicts the value beside rope_type", expected=show(rope.values[key]))
     return homes[0] if homes else rope
 
 

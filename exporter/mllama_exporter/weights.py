@@ -103,7 +103,7 @@ def write_weights(
     *,
     clamp: bool = False,
     allow_damaged: bool = False,
-    progress: Callable[[int, int], None] = lambda done_bytes, total_bytes: None,
+    progress: Callable[[int, int], object] = lambda done_bytes, total_bytes: None,
 ) -> WeightsReport:
     """Writes `plan`'s tensors to `path`, synced to disk; the same checkpoint and plan give the same bytes.
 
@@ -159,7 +159,9 @@ def _blocks(checkpoint: Checkpoint, spec: WeightSpec, target: TensorInfo) -> Ite
         raise CheckpointError("wrong shape", where=where, expected=list(stored), found=list(source.shape))
     rows, columns = stored if spec.transpose else (math.prod(stored), 1)
     itemsize = max(NUMPY_DTYPES[source.dtype].itemsize, NUMPY_DTYPES[spec.dtype].itemsize)
-    step = max(1, (_BUFFER_BYTES if spec.transpose else _PLAIN_BYTES) // (itemsize * columns))
+    step = (_BUFFER_BYTES if spec.transpose else _PLAIN_BYTES) // (itemsize * columns)
+    if step == 0:
+        raise UsageError("the rows are too long to transpose", where=where, found=list(stored))
     for start in range(0, rows, step):
         yield _Block(spec, NUMPY_DTYPES[source.dtype], target, start, min(start + step, rows), columns)
 
@@ -173,7 +175,7 @@ class _Scratch(threading.local):
 
 
 def _stream(
-    checkpoint: Checkpoint, blocks: Sequence[_Block], fd: int, clamp: bool, progress: Callable[[int], None]
+    checkpoint: Checkpoint, blocks: Sequence[_Block], fd: int, clamp: bool, progress: Callable[[int], object]
 ) -> dict[str, TensorStats]:
     scratch = _Scratch()
     stats: dict[str, TensorStats] = {}
@@ -206,19 +208,24 @@ def _convert(checkpoint: Checkpoint, block: _Block, fd: int, clamp: bool, scratc
             data = _cast(data, _as_array(scratch.target, target, shape), clamp)
         _write(fd, data, block.target.offset_bytes + block.start * target.itemsize)
         return stats
-    turned = _as_array(scratch.target, target, shape[::-1])
-    for row in range(0, shape[0], _STRIPE_ROWS):
-        stripe = data[row : row + _STRIPE_ROWS]
-        if stripe.dtype != target:
-            stripe = _cast(stripe, np.empty(stripe.shape, target), clamp)
-        _bits(turned)[:, row : row + _STRIPE_ROWS] = _bits(stripe).T
+    turned = _turned(data, _as_array(scratch.target, target, shape[::-1]), clamp)
     num_rows = block.spec.shape[1]
     if shape[0] == num_rows:
         _write(fd, turned, block.target.offset_bytes)
-    else:
+    else:  # a block holds a piece of every row of the written tensor
         for column, piece in enumerate(turned):
             _write(fd, piece, block.target.offset_bytes + (column * num_rows + block.start) * target.itemsize)
     return stats
+
+
+def _turned(data: Array, out: Array, clamp: bool) -> Array:
+    """`data`'s transpose in `out`, cast; in stripes, or every element would miss the cache."""
+    for row in range(0, len(data), _STRIPE_ROWS):
+        stripe = data[row : row + _STRIPE_ROWS]
+        if stripe.dtype != out.dtype:
+            stripe = _cast(stripe, np.empty(stripe.shape, out.dtype), clamp)
+        _bits(out)[:, row : row + _STRIPE_ROWS] = _bits(stripe).T
+    return out
 
 
 def _as_array(buffer: Array, dtype: _DType, shape: Shape) -> Array:

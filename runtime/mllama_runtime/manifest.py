@@ -196,7 +196,7 @@ class _Check:
             twice = next((name for name, count in names.items() if count > 1), None)
             self.need(twice is None, "a name stands twice", f"{field}.{side}", found=twice)
             for index, spec in enumerate(specs):
-                right = all(dim > 0 if isinstance(dim, int) else dim != "" for dim in spec.shape)
+                right = all(dim > 0 if isinstance(dim, int) else _SYMBOL.fullmatch(dim) for dim in spec.shape)
                 where = f"{field}.{side}[{index}].shape"
                 self.need(right, "impossible shape", where, expected="sizes or symbols", found=list(spec.shape))
 

@@ -58,7 +58,10 @@ MANIFEST = Manifest(
         "vision": GraphSpec("vision.onnx", **GRAPH_IO),
         "decoder": GraphSpec(
             "decoder.onnx",
-            (*GRAPH_IO["inputs"], *(TensorSpec(f"past_key_{layer}", "float32", ("batch", 1, 64)) for layer in (0, 2, 4))),
+            (
+                *GRAPH_IO["inputs"],
+                *(TensorSpec(f"past_key_{layer}", "float32", ("batch", 1, 64)) for layer in (0, 2, 4)),
+            ),
             GRAPH_IO["outputs"],
         ),
     },

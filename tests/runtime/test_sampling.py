@@ -85,8 +85,12 @@ def test_tied_logits_equal_transformers() -> None:
 
 
 def test_top_p_keeps_the_lower_ids_among_equals() -> None:
-    kept, _ = truncated(np.zeros(10, np.float32), SamplingParams(temperature=1.0, top_p=0.35))
-    assert sorted(kept) == [0, 1, 2, 3]
+    # Four values, each hundreds of times: the largest holds about 0.6 of the mass, the two largest 0.9.
+    scores = np.random.default_rng(0).integers(0, 4, VOCAB).astype(np.float32)
+    by_value = np.lexsort((np.arange(VOCAB), -scores))
+    for top_p in (0.1, 0.3, 0.5, 0.7, 0.8):
+        kept, _ = truncated(scores, SamplingParams(temperature=1.0, top_p=top_p))
+        assert kept.tolist() == by_value[: kept.size].tolist()
 
 
 def test_masked_logits_keep_probability_zero() -> None:
@@ -218,9 +222,13 @@ def test_noise_is_pinned() -> None:
     # The same seed must give the same text on every machine and with every NumPy: words of Philox-4x64-10.
     words = np.random.Philox(key=5, counter=7 << 64).random_raw(2)
     assert words.tolist() == [9250372777377134966, 812872311857779332]
-    noise = gumbel_noise(5, 7, np.array([0, 1, 128255]))
-    np.testing.assert_allclose(noise, [reference_noise(5, 7, i) for i in (0, 1, 128255)], rtol=0, atol=1e-12)
-    np.testing.assert_allclose(noise[:2], [0.37073905151723247, -1.1384959620462314], rtol=0, atol=1e-12)
+    largest = int(gumbel_noise(5, 7, np.arange(128_256)).argmax())  # where u is so near 1 that its last bits matter
+    for token_id in (0, 1, 128_255, largest):
+        noise = gumbel_noise(5, 7, np.array([token_id]))
+        np.testing.assert_allclose(noise, [reference_noise(5, 7, token_id)], rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        gumbel_noise(5, 7, np.arange(2)), [0.37073905151723247, -1.1384959620462314], rtol=0, atol=1e-12
+    )
 
 
 def test_noise_depends_on_seed_step_and_token_alone() -> None:
@@ -329,6 +337,9 @@ def test_logprobs_list_lower_ids_first_among_equals_and_nothing_impossible() -> 
         return [token_id for token_id, _ in sampled.top_logprobs]
 
     assert (listed(0), listed(2), listed(4), listed(20)) == ([], [1, 3], [1, 3, 5, 0], [1, 3, 5, 0, 4])
+    logits = np.random.default_rng(0).integers(0, 4, VOCAB).astype(np.float32)
+    sampled = Sampler(SamplingParams(logprobs=20), VOCAB).sample(logits)
+    assert [token_id for token_id, _ in sampled.top_logprobs] == np.flatnonzero(logits == 3)[:20].tolist()
 
 
 def test_no_logprobs_unless_asked_for() -> None:

@@ -95,7 +95,7 @@ def test_any_layout_is_aligned_and_readable(tmp_path: Path, specs: list[tuple[st
 
 
 def test_a_layout_refuses_what_it_cannot_write() -> None:
-    with pytest.raises(UsageError, match="w: .*twice"):
+    with pytest.raises(UsageError, match=r"w: .*twice"):
         encode_header([("w", "F32", (1,)), ("w", "F32", (1,))])
     with pytest.raises(UsageError, match="F4"):
         encode_header([("w", "F4", (2,))])
@@ -186,7 +186,7 @@ def test_truncation_names_the_tensor_and_both_sizes(tmp_path: Path, cut: int) ->
 
 def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "w.safetensors", {"w": entry()}, bytes(5))
-    with pytest.raises(BundleError, match="bytes behind the last tensor: expected .* bytes, found .* bytes"):
+    with pytest.raises(BundleError, match=r"bytes behind the last tensor: expected .* bytes, found .* bytes"):
         read_header(path, error=BundleError)
 
 

@@ -1,0 +1,198 @@
+"""Checkpoints of any size with random weights, in the published layout: for benchmarks and memory tests.
+
+    python tests/bench/random_checkpoint.py DIR --size midsize
+
+Weights are streamed, so the size is bounded by the disk alone. The tokenizer is the miniature's, padded with unused
+entries to the model's vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from mllama_exporter.checkpoint import expected_tensors
+from mllama_runtime.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
+from mllama_runtime.tensorfile import encode_header
+
+MINIATURE = Path(__file__).parents[2] / "recipes" / "miniature" / "checkpoint"
+_BLOCK = 1 << 22  # elements generated at once
+_RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
+
+MIDSIZE = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=320,
+        num_heads=4,
+        num_layers=4,
+        num_global_layers=2,
+        intermediate_size=1280,
+        intermediate_layers_indices=(0, 2),
+        image_size=224,
+        patch_size=14,
+        max_num_tiles=4,
+        supported_aspect_ratios=_RATIOS,
+        norm_eps=1e-5,
+        hidden_act="gelu",
+    ),
+    text=TextConfig(
+        vocab_size=32064,
+        hidden_size=1024,
+        num_layers=15,
+        num_heads=16,
+        num_kv_heads=4,
+        intermediate_size=3584,
+        rms_norm_eps=1e-5,
+        max_seq_len=16384,
+        cross_attention_layers=(3, 8, 13),
+        rope=RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192),
+    ),
+    image_token_id=32064,
+)
+INSTRUCT_11B = ModelConfig(
+    vision=VisionConfig(
+        hidden_size=1280,
+        num_heads=16,
+        num_layers=32,
+        num_global_layers=8,
+        intermediate_size=5120,
+        intermediate_layers_indices=(3, 7, 15, 23, 30),
+        image_size=560,
+        patch_size=14,
+        max_num_tiles=4,
+        supported_aspect_ratios=_RATIOS,
+        norm_eps=1e-5,
+        hidden_act="gelu",
+    ),
+    text=TextConfig(
+        vocab_size=128256,
+        hidden_size=4096,
+        num_layers=40,
+        num_heads=32,
+        num_kv_heads=8,
+        intermediate_size=14336,
+        rms_norm_eps=1e-5,
+        max_seq_len=131072,
+        cross_attention_layers=(3, 8, 13, 18, 23, 28, 33, 38),
+        rope=RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192),
+    ),
+    image_token_id=128256,
+)
+SIZES = {"midsize": MIDSIZE, "11b-instruct": INSTRUCT_11B}
+
+
+def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0) -> None:
+    """A BF16 checkpoint: matrices ~ N(0, 1/columns), norms near 1, gates at 0.5, so that activations stay tame."""
+    folder.mkdir(parents=True)
+    shapes = expected_tensors(config)
+    header, infos = encode_header((name, "BF16", shape) for name, shape in shapes.items())
+    rng = np.random.default_rng(seed)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        for info in infos:
+            scale, offset = _distribution(info.name, info.shape)
+            for start in range(0, math.prod(info.shape), _BLOCK):
+                count = min(_BLOCK, math.prod(info.shape) - start)
+                values = rng.standard_normal(count, np.float32) * np.float32(scale) + np.float32(offset)
+                file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+    (folder / "config.json").write_text(json.dumps(_hf_config(config), indent=2))
+    _write_tokenizer(folder, config)
+    preprocessor = json.loads((MINIATURE / "preprocessor_config.json").read_text())
+    preprocessor["size"] = {"height": config.vision.image_size, "width": config.vision.image_size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copyfile(MINIATURE / name, folder / name)
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    if "norm" in name and name.endswith("weight"):
+        return 0.02, 1.0
+    if math.prod(shape) == 1:
+        return 0.0, 0.5
+    return shape[-1] ** -0.5 if len(shape) > 1 else 0.02, 0.0
+
+
+def _hf_config(config: ModelConfig) -> dict[str, object]:
+    vision, text = config.vision, config.text
+    return {
+        "architectures": ["MllamaForConditionalGeneration"],
+        "model_type": "mllama",
+        "image_token_index": config.image_token_id,
+        "torch_dtype": "bfloat16",
+        "vision_config": {
+            "model_type": "mllama_vision_model",
+            "hidden_size": vision.hidden_size,
+            "attention_heads": vision.num_heads,
+            "num_hidden_layers": vision.num_layers,
+            "num_global_layers": vision.num_global_layers,
+            "intermediate_size": vision.intermediate_size,
+            "intermediate_layers_indices": list(vision.intermediate_layers_indices),
+            "vision_output_dim": vision.output_dim,
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "max_num_tiles": vision.max_num_tiles,
+            "supported_aspect_ratios": [list(ratio) for ratio in vision.supported_aspect_ratios],
+            "norm_eps": vision.norm_eps,
+            "hidden_act": vision.hidden_act,
+            "num_channels": vision.num_channels,
+        },
+        "text_config": {
+            "model_type": "mllama_text_model",
+            "vocab_size": text.vocab_size,
+            "hidden_size": text.hidden_size,
+            "num_hidden_layers": text.num_layers,
+            "num_attention_heads": text.num_heads,
+            "num_key_value_heads": text.num_kv_heads,
+            "intermediate_size": text.intermediate_size,
+            "rms_norm_eps": text.rms_norm_eps,
+            "max_position_embeddings": text.max_seq_len,
+            "cross_attention_layers": list(text.cross_attention_layers),
+            "hidden_act": text.hidden_act,
+            "rope_theta": text.rope.theta,
+            "rope_scaling": {
+                "rope_type": text.rope.rope_type,
+                "factor": text.rope.factor,
+                "low_freq_factor": text.rope.low_freq_factor,
+                "high_freq_factor": text.rope.high_freq_factor,
+                "original_max_position_embeddings": text.rope.original_max_position_embeddings,
+            },
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "pad_token_id": 2,
+            "tie_word_embeddings": False,
+        },
+    }
+
+
+def _write_tokenizer(folder: Path, config: ModelConfig) -> None:
+    tokenizer = json.loads((MINIATURE / "tokenizer.json").read_text())
+    vocab, size = tokenizer["model"]["vocab"], config.text.vocab_size
+    for token in tokenizer["added_tokens"]:
+        if token["content"] == "<|image|>":
+            vocab.pop("<|image|>", None)
+            token["id"] = size
+    taken = {*vocab.values(), *(token["id"] for token in tokenizer["added_tokens"])}
+    vocab |= {f"unused {token_id}": token_id for token_id in range(size) if token_id not in taken}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+def with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """The same widths with fewer decoder layers, for disks that do not hold the whole."""
+    cross = tuple(layer for layer in config.text.cross_attention_layers if layer < num_layers)
+    return replace(config, text=replace(config.text, num_layers=num_layers, cross_attention_layers=cross))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--size", choices=SIZES, default="midsize")
+    parser.add_argument("--layers", type=int, help="keep only so many decoder layers")
+    arguments = parser.parse_args()
+    chosen = SIZES[arguments.size]
+    write_random_checkpoint(
+        arguments.folder, with_layers(chosen, arguments.layers) if arguments.layers else chosen
+    )
