@@ -96,7 +96,10 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is absent, truncated or malformed; index and shards disagree; weights are pickled.
         """
-        paths, weight_map = _shard_paths(folder)
+        try:
+            paths, weight_map = _shard_paths(folder)
+        except OSError as error:
+            raise CheckpointError("cannot be read", where=folder, found=error.strerror) from error
         identities = {path: _Identity.of(path) for path in (folder / "config.json", *paths)}
         config = model_config_from_hf(folder)
         shards = tuple(read_header(path, error=CheckpointError) for path in paths)
@@ -294,12 +297,12 @@ def _shard_paths(folder: Path) -> tuple[tuple[Path, ...], Mapping[str, str] | No
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if not folder.is_dir():
         raise CheckpointError("no such folder", where=folder, hint="name a Hugging Face checkpoint folder")
-    if single.exists() and index.exists():
+    if single.is_file() and index.is_file():
         hint = "remove the one that is stale"
         raise CheckpointError("holds both model.safetensors and an index of shards", where=folder, hint=hint)
-    if single.exists():
+    if single.is_file():
         return (single,), None
-    if not index.exists():
+    if not index.is_file():
         raise _no_weights(folder)
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):

@@ -51,8 +51,9 @@ def load_image(source: ImageSource, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> 
         ResourceError: there is not enough memory to decode it.
     """
     if isinstance(source, Image.Image):
-        _check_size(source.size, "image", max_pixels)
-        with _decoding("image"):
+        where = getattr(source, "filename", None) or "image"
+        _check_size(source.size, where, max_pixels)
+        with _decoding(where):
             source.load()
         return source
     if isinstance(source, np.ndarray):
@@ -113,15 +114,14 @@ def _open_file(name: str) -> BinaryIO:
 
 
 def _image_from_stream(stream: BinaryIO, where: str, max_pixels: int) -> Image.Image:
-    if not stream.read(1):
-        raise ImageError("the file is empty", where=where)
     with _decoding(where):
+        if not stream.read(1):
+            raise ImageError("the file is empty", where=where)
         image = Image.open(stream, formats=FORMATS)
         _check_size(image.size, where, max_pixels)
         image.verify()  # reads every PNG checksum, which decoding skips, and leaves the image unusable
         image = Image.open(stream, formats=FORMATS)
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
+        ImageOps.exif_transpose(image, in_place=True)  # decodes first
     return image
 
 

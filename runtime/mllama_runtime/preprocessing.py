@@ -168,15 +168,15 @@ def supported_aspect_ratios(max_num_tiles: int) -> tuple[tuple[int, int], ...]:
 def tiled_canvas(height: int, width: int, image_size: int, max_num_tiles: int) -> tuple[int, int]:
     """The canvas, as (tiles high, tiles wide), for a picture of height x width pixels.
 
-    The one that enlarges the picture least; if every canvas is too small, the one that shrinks it least; among
-    equals, the one of fewest tiles, then the first.
+    The one that enlarges the picture least; if every canvas is too small, the one that shrinks it least. Among equals
+    it is the first, and that one has the fewest tiles: were a later (c, d) equal to (a, b) with fewer, so would (a, d) be.
     """
     scales = {
         (high, wide): min(high * image_size / height, wide * image_size / width)
         for high, wide in supported_aspect_ratios(max_num_tiles)
     }
     best = min((scale for scale in scales.values() if scale >= 1), default=max(scales.values()))
-    return min((canvas for canvas, scale in scales.items() if scale == best), key=math.prod)
+    return next(canvas for canvas, scale in scales.items() if scale == best)
 
 
 def size_on_canvas(height: int, width: int, tiles_high: int, tiles_wide: int, image_size: int) -> tuple[int, int]:

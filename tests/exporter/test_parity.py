@@ -1,0 +1,136 @@
+"""The graphs against transformers on the same weights: every tensor the contract names.
+
+The bar is 2e-5 absolute in float32. Both the standard graphs and their ONNX Runtime twins are held to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mllama_runtime.backends.ort import OrtBackend
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.decode import prefill
+from mllama_runtime.preprocessing import ImageTiles, PreprocessorConfig, preprocess
+from mllama_runtime.prompt import image_visibility
+from numpy.typing import NDArray
+from PIL import Image
+from reference import Reference, ReferenceStep, padded_mask
+
+BAR = 2e-5
+CANVASES = {  # tiles high, tiles wide -> a picture's width and height in pixels for 56-pixel tiles
+    (1, 1): (50, 50),
+    (1, 2): (110, 50),
+    (1, 3): (160, 50),
+    (1, 4): (220, 50),
+    (2, 1): (50, 110),
+    (2, 2): (112, 112),
+    (3, 1): (50, 160),
+    (4, 1): (50, 220),
+}
+IMAGE = "image"  # stands for <|image|> in the token lists below
+
+
+@dataclass(frozen=True)
+class Case:
+    """Token ids with `IMAGE` where a picture stands, and the pictures' canvases."""
+
+    name: str
+    tokens: tuple[int | str, ...]
+    canvases: tuple[tuple[int, int], ...]
+
+
+CASES = [
+    *(Case(f"canvas {high}x{wide}", (IMAGE, *range(40, 52)), ((high, wide),)) for high, wide in CANVASES),
+    Case("text before the picture", (*range(30, 41), IMAGE, *range(60, 70)), ((1, 2),)),
+    Case("text before a one-tile picture", (*range(30, 41), IMAGE, *range(60, 70)), ((1, 1),)),
+    Case("two pictures", (9, 8, IMAGE, 50, 51, 52, IMAGE, 60, 61, 62, 63), ((1, 1), (2, 2))),
+    Case("two pictures side by side", (9, 8, IMAGE, IMAGE, 60, 61, 62, 63), ((3, 1), (1, 2))),
+    Case("a picture in a later turn", (*range(30, 60), IMAGE, 60, 61), ((1, 4),)),
+    Case("text only", tuple(range(100, 117)), ()),
+]
+
+
+@pytest.fixture(scope="module")
+def reference(miniature: Path) -> Reference:
+    return Reference(miniature)
+
+
+@pytest.fixture(scope="module", params=["twin", "standard"])
+def backend(request: pytest.FixtureRequest, bundle_of) -> Iterator[OrtBackend]:
+    with OrtBackend(Bundle.open(bundle_of()), 1, standard=request.param == "standard") as opened:
+        yield opened
+
+
+def pictures(bundle: Path, canvases: tuple[tuple[int, int], ...]) -> list[ImageTiles]:
+    import json
+
+    config = PreprocessorConfig.from_dict(json.loads((bundle / "preprocessor.json").read_text()), "preprocessor.json")
+    rng = np.random.default_rng(7)
+    images = []
+    for canvas in canvases:
+        width, height = CANVASES[canvas]
+        images.append(preprocess(Image.fromarray(rng.integers(0, 255, (height, width, 3), np.uint8)), config))
+        assert images[-1].num_tiles == canvas[0] * canvas[1]
+    return images
+
+
+def token_ids(case: Case, image_token_id: int) -> list[int]:
+    return [image_token_id if token == IMAGE else int(token) for token in case.tokens]
+
+
+@dataclass
+class PromptRow:
+    """The fields of a decode row that `prefill` reads."""
+
+    token_ids: NDArray[np.int64]
+    visibility: NDArray[np.bool_]
+    features: list
+
+
+def run(backend: OrtBackend, case: Case, images: list[ImageTiles], semantics: str) -> tuple[NDArray, Mapping, list]:
+    """Logits, caches and cross keys and values of one prefill through the product's own decode loop."""
+    ids = token_ids(case, backend._bundle.manifest.model.image_token_id)
+    features = [backend.encode(tiles) for tiles in images]
+    visibility = image_visibility(ids, ids[case.tokens.index(IMAGE)] if images else -1, [i.num_tiles for i in images])
+    row = PromptRow(np.array(ids), visibility, features)
+    slots = backend.slots(num_slots=1, cache_len=len(ids) + 4, num_tiles=visibility.shape[1])
+    logits = prefill(slots, 0, row, semantics)  # type: ignore[arg-type]
+    return logits.copy(), slots.cached(0, len(ids)), features
+
+
+def largest_difference(step: ReferenceStep, logits: NDArray, cached: Mapping, features: list) -> dict[str, float]:
+    found = {"logits": float(np.abs(logits - step.logits).max())}
+    found |= {name: float(np.abs(array - step.past[name]).max()) for name, array in cached.items()}
+    for name in step.cross:
+        ours = np.concatenate([feature.arrays()[name] for feature in features], axis=2)
+        found[name] = float(np.abs(ours - step.cross[name].reshape(ours.shape)).max())
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_hf_semantics_match_transformers(case: Case, backend: OrtBackend, reference: Reference) -> None:
+    images = pictures(backend._bundle.root, case.canvases)
+    logits, cached, features = run(backend, case, images, "hf")
+    ids = token_ids(case, backend._bundle.manifest.model.image_token_id)
+    visibility = image_visibility(ids, backend._bundle.manifest.model.image_token_id, [i.num_tiles for i in images])
+    step = reference.step(ids, images, padded_mask(visibility, images))
+    differences = largest_difference(step, logits, cached, features)
+    assert step.past.keys() == cached.keys()
+    assert bool(step.cross) == bool(images)
+    assert max(differences.values()) <= BAR, differences
+
+
+def test_padding_tiles_matter_before_the_picture(bundle_of, reference: Reference) -> None:
+    """Why prefill feeds the tokens before the first picture apart: they attend to padding tiles in hf semantics."""
+    case = next(case for case in CASES if case.name == "text before a one-tile picture")
+    with OrtBackend(Bundle.open(bundle_of()), 1) as backend:
+        images = pictures(backend._bundle.root, case.canvases)
+        trimmed, _, _ = run(backend, case, images, "meta")  # feeds the whole prompt with real tiles alone
+    ids = token_ids(case, backend._bundle.manifest.model.image_token_id)
+    visibility = image_visibility(ids, backend._bundle.manifest.model.image_token_id, [1])
+    step = reference.step(ids, images, padded_mask(visibility, images))
+    assert np.abs(trimmed - step.logits).max() > 10 * BAR

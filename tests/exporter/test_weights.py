@@ -1,0 +1,348 @@
+"""The weights file: casts and transposes equal torch's bit for bit, and what is damaged never passes unnamed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tracemalloc
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mllama_exporter import weights
+from mllama_exporter.checkpoint import Checkpoint
+from mllama_exporter.weights import WeightSpec, WeightsReport, write_weights
+from mllama_runtime.errors import CheckpointError, MllamaError, ResourceError, UsageError
+from mllama_runtime.tensorfile import read_header
+from safetensors.torch import load_file
+
+from ._checkpoints import write_checkpoint
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGERS = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+def checkpoint_of(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> Checkpoint:
+    return Checkpoint.open(write_checkpoint(folder / "checkpoint", tensors, dtype=dtype))
+
+
+def spec(tensors: Mapping[str, torch.Tensor], name: str, dtype: str, *, transpose: bool = False) -> WeightSpec:
+    shape = tuple(tensors[name].shape)
+    return WeightSpec(f"{name} in the graph", name, shape[::-1] if transpose else shape, dtype, transpose)
+
+
+def converted(
+    folder: Path, tensor: torch.Tensor, dtype: str, *, transpose: bool = False, clamp: bool = False
+) -> tuple[torch.Tensor, WeightsReport]:
+    """One tensor through a checkpoint and a weights file, whatever it holds."""
+    tensors = {"t": tensor}
+    checkpoint = checkpoint_of(folder, tensors, tensor.dtype)
+    plan = [spec(tensors, "t", dtype, transpose=transpose)]
+    report = write_weights(checkpoint, plan, folder / "out", clamp=clamp, allow_damaged=True)
+    return load_file(folder / "out")["t in the graph"], report
+
+
+def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to the bit, but for what is inside a NaN."""
+    assert found.dtype == expected.dtype
+    nan = torch.isnan(expected)
+    assert torch.equal(torch.isnan(found), nan)
+    kind = INTEGERS[expected.dtype]
+    assert torch.equal(found.view(kind)[~nan], expected.view(kind)[~nan])
+
+
+def patterns(dtype: torch.dtype) -> torch.Tensor:
+    """Every value of a 16-bit type; of float32, random patterns beside what decides every rounding to 16 bits."""
+    if dtype != torch.float32:
+        return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    generator = torch.Generator().manual_seed(0)
+    anything = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32).view(torch.float32)
+    small = torch.randn(1 << 16, generator=generator) * 10.0 ** torch.randint(-9, 5, (1 << 16,), generator=generator)
+    grid = torch.cat([patterns(torch.float16).float(), patterns(torch.bfloat16).float()])
+    bits = grid.view(torch.int32)
+    ties = [bits + offset for offset in (0x7FFF, 0x8000, 0x8001, 0x0FFF, 0x1000, 0x1001)]
+    return torch.cat([anything, small, grid, torch.cat(ties).view(torch.float32)])
+
+
+@pytest.mark.parametrize("target", DTYPES)
+@pytest.mark.parametrize("source", DTYPES)
+def test_casts_equal_torchs(tmp_path: Path, source: str, target: str) -> None:
+    values = patterns(DTYPES[source])
+    beyond = torch.isfinite(values) & (values.double().abs() > torch.finfo(DTYPES[target]).max)
+    found, report = converted(tmp_path / "all", values, target, clamp=True)
+    limit = torch.finfo(DTYPES[target]).max
+    fitting = values[~beyond]
+    if source != target:  # clamping lets nothing become Inf, so what was Inf becomes the limit too
+        fitting = torch.where(torch.isinf(fitting), torch.copysign(torch.tensor(limit), fitting), fitting.float())
+        assert found.float()[beyond].abs().unique().tolist() in ([], [limit])
+        assert torch.equal(torch.signbit(found[beyond]), torch.signbit(values[beyond]))
+    if beyond.any():
+        assert_same_bits(found[~beyond], fitting.to(DTYPES[target]))
+    assert report.num_clamped == report.tensors["t in the graph"].num_beyond == int(beyond.sum())
+
+    harmless = values[~beyond]
+    assert_same_bits(converted(tmp_path / "harmless", harmless, target)[0], harmless.to(DTYPES[target]))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (33, 65), (64, 32), (100, 3), (257, 129)])
+@pytest.mark.parametrize("source", DTYPES)
+def test_transposes_in_many_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, shape: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(weights, "_BUFFER_BYTES", 4 * max(shape) * 40)  # 40 rows and more, and never all 257
+    tensor = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[source])
+    for target, dtype in DTYPES.items():
+        found, report = converted(tmp_path / target, tensor, target, transpose=True)
+        assert_same_bits(found, tensor.t().contiguous().to(dtype))
+        assert report.tensors["t in the graph"].max_abs == tensor.abs().max().item()
+
+
+@pytest.mark.parametrize("target", DTYPES)
+def test_plain_tensors_in_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str) -> None:
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 1000)
+    tensor = torch.randn((3, 5, 7, 11), generator=torch.Generator().manual_seed(2))
+    found, report = converted(tmp_path, tensor, target)
+    assert_same_bits(found, tensor.to(DTYPES[target]))
+    assert report.tensors["t in the graph"].max_abs == tensor.abs().max().item()
+
+
+def test_the_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"matrix": (40, 24), "norm": (24,), "gate": (1,), "conv": (8, 3, 2, 2)}
+    tensors = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    plan = [spec(tensors, "matrix", "BF16", transpose=True)]
+    plan += [spec(tensors, name, dtype) for name, dtype in (("norm", "F32"), ("gate", "F16"), ("conv", "BF16"))]
+    plan += [WeightSpec("matrix again", "matrix", (40, 24), "F16")]
+    calls: list[tuple[int, int]] = []
+    report = write_weights(
+        checkpoint_of(tmp_path, tensors),
+        plan,
+        tmp_path / "out",
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    loaded = load_file(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in loaded.items()} == {item.name: DTYPES[item.dtype] for item in plan}
+    for item in plan:
+        expected = tensors[item.source].t() if item.transpose else tensors[item.source]
+        assert_same_bits(loaded[item.name], expected.contiguous().to(DTYPES[item.dtype]))
+    size = (tmp_path / "out").stat().st_size
+    assert report.size_bytes == size == read_header(tmp_path / "out", error=CheckpointError).size_bytes
+    assert list(report.tensors) and set(report.tensors) == {item.name for item in plan}
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+    assert calls[-1][0] == sum(
+        info.size_bytes for info in read_header(tmp_path / "out", error=CheckpointError).tensors.values()
+    )
+    assert {total for _, total in calls} == {calls[-1][0]}
+
+
+def test_the_same_plan_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {f"t{index}": torch.randn(65, 33, generator=torch.Generator().manual_seed(index)) for index in range(9)}
+    checkpoint = checkpoint_of(tmp_path, tensors)
+    plan = [spec(tensors, name, "F16", transpose=index % 2 == 0) for index, name in enumerate(tensors)]
+    written = []
+    for threads, buffer in ((1, 1 << 20), (2, 33 * 4 * 8), (4, 33 * 4 * 3)):
+        monkeypatch.setattr(weights, "_NUM_THREADS", threads)
+        monkeypatch.setattr(weights, "_BUFFER_BYTES", buffer)
+        monkeypatch.setattr(weights, "_PLAIN_BYTES", buffer)
+        write_weights(checkpoint, plan, tmp_path / "out")
+        written.append((tmp_path / "out").read_bytes())
+    assert written[0] == written[1] == written[2]
+
+
+def refused(folder: Path, tensors: Mapping[str, torch.Tensor], dtype: str, kind: type[MllamaError]) -> str:
+    """What writing says; it must leave nothing behind."""
+    checkpoint = checkpoint_of(folder, tensors)
+    (folder / "bundle").mkdir()
+    with pytest.raises(kind) as caught:
+        write_weights(checkpoint, [spec(tensors, name, dtype) for name in tensors], folder / "bundle" / "out")
+    assert list((folder / "bundle").iterdir()) == []
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("target", DTYPES)
+def test_all_damaged_tensors_are_named_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 64)
+    generator = torch.Generator().manual_seed(4)
+    tensors = {name: torch.randn(20, 20, generator=generator) for name in ("good", "nan", "inf", "both", "zero")}
+    tensors["nan"][3, 4:9] = torch.nan
+    tensors["inf"][7, 7], tensors["inf"][19, 19] = torch.inf, -torch.inf
+    tensors["both"][0, 0], tensors["both"][19, 0] = -torch.nan, torch.inf
+    tensors["zero"].zero_()
+    tensors["norm.weight"] = -torch.zeros(20)
+    message = refused(tmp_path, tensors, target, CheckpointError)
+    assert "5 tensors are damaged" in message
+    for found in ("nan (5 NaN, 0 Inf)", "inf (0 NaN, 2 Inf)", "both (1 NaN, 1 Inf)", "zero (all zero)"):
+        assert found in message
+    assert "norm.weight (all zero)" in message
+    assert "good" not in message
+
+
+def test_damaged_tensors_pass_when_allowed(tmp_path: Path) -> None:
+    tensor = torch.tensor([[torch.nan, torch.inf], [-torch.inf, -3.0]])
+    found, report = converted(tmp_path, tensor, "F16")
+    assert_same_bits(found, tensor.half())
+    stats = report.tensors["t in the graph"]
+    assert (stats.max_abs, stats.num_nan, stats.num_inf, stats.num_beyond) == (3.0, 1, 2, 0)
+
+
+def test_gates_and_biases_may_be_zero(tmp_path: Path) -> None:
+    """An untrained checkpoint has zero gates, and transformers starts every bias at zero."""
+    tensors = {"cross_attn_attn_gate": torch.zeros(1), "fc1.bias": torch.zeros(64), "half": torch.eye(8)}
+    plan = [spec(tensors, name, "F16") for name in tensors]
+    report = write_weights(checkpoint_of(tmp_path, tensors), plan, tmp_path / "out")
+    assert [stats.max_abs for stats in report.tensors.values()].count(0.0) == 2
+
+
+@pytest.mark.parametrize("source", [torch.bfloat16, torch.float32])
+def test_values_beyond_fp16_are_refused_or_clamped(tmp_path: Path, source: torch.dtype) -> None:
+    tensor = torch.linspace(-1, 1, 600).reshape(20, 30)
+    tensor[0, 0], tensor[10, 10], tensor[19, 29] = 65536.0, -3e38, 65280.0
+    checkpoint = checkpoint_of(tmp_path, {"large": tensor, "small": tensor.clamp(-1, 1)}, source)
+    plan = [WeightSpec("large", "large", (20, 30), "F16"), WeightSpec("small", "small", (30, 20), "F16", True)]
+    with pytest.raises(CheckpointError, match=r"1 tensors .*large \(2 values, largest 2.99\d*e\+38\).*clamp"):
+        write_weights(checkpoint, plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+    report = write_weights(checkpoint, plan, tmp_path / "out", clamp=True)
+    assert (report.num_clamped, report.tensors["large"].num_beyond) == (2, 2)
+    assert_same_bits(load_file(tmp_path / "out")["large"], tensor.to(source).float().clamp(-65504, 65504).half())
+    write_weights(checkpoint, [WeightSpec("large", "large", (20, 30), "BF16")], tmp_path / "out")  # holds them
+
+
+def test_clamping_within_a_transpose(tmp_path: Path) -> None:
+    tensor = torch.linspace(-1e5, 1e5, 77 * 45).reshape(77, 45)
+    found, report = converted(tmp_path, tensor, "F16", transpose=True, clamp=True)
+    assert_same_bits(found, tensor.t().clamp(-65504, 65504).half().contiguous())
+    assert report.num_clamped == int((tensor.abs() > 65504).sum())
+
+
+def touch(path: Path) -> None:
+    os.utime(path, ns=(0, 0))
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(("change", "message"), [(touch, "changed while it was read"), (cut, "model.safetensors")])
+def test_a_checkpoint_that_changes_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None], message: str
+) -> None:
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 64)
+    checkpoint = checkpoint_of(tmp_path, {"t": torch.randn(100, 100)})
+    once = iter([change])
+
+    def progress(done: int, total: int) -> None:
+        for act in once:
+            act(checkpoint.folder / "model.safetensors")
+
+    with pytest.raises(CheckpointError, match=message):
+        write_weights(checkpoint, [WeightSpec("t", "t", (100, 100), "F32")], tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_foreseen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    monkeypatch.setattr(weights, "_stream", None)  # no work is begun
+    message = refused(tmp_path, {"t": torch.ones(100, 100)}, "F16", ResourceError)
+    assert "the disk is full" in message
+    assert "found 1000 bytes free" in message
+    assert f"expected {64 + 64 + 100 * 100 * 2} bytes" in message
+
+
+@pytest.mark.parametrize(("code", "text"), [(errno.ENOSPC, "disk is full"), (errno.EIO, "cannot be written")])
+@pytest.mark.parametrize("fails_at", [0, 1, 30, 60])
+def test_a_disk_that_fills_or_fails_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int, code: int, text: str
+) -> None:
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 640)  # 63 writes
+    calls, write = iter(range(1000)), os.pwrite
+
+    def failing(fd: int, data: bytes, offset: int) -> int:
+        if next(calls) >= fails_at:
+            raise OSError(code, os.strerror(code))
+        return write(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", failing)
+    assert text in refused(tmp_path, {"t": torch.ones(100, 100)}, "F32", ResourceError)
+
+
+def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: write(fd, data[: max(1, len(data) // 3)], offset))
+    tensor = torch.randn(70, 50)
+    assert_same_bits(converted(tmp_path / "a", tensor, "F16", transpose=True)[0], tensor.t().contiguous().half())
+    assert_same_bits(converted(tmp_path / "b", tensor, "F16")[0], tensor.half())
+
+
+def test_an_unwritable_place_is_refused(tmp_path: Path) -> None:
+    checkpoint = checkpoint_of(tmp_path, {"t": torch.ones(4)})
+    plan = [WeightSpec("t", "t", (4,), "F32")]
+    for path in (tmp_path / "nowhere" / "out", tmp_path):
+        with pytest.raises(ResourceError, match="cannot be written"):
+            write_weights(checkpoint, plan, path)
+    assert tmp_path.is_dir()
+
+
+def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 64)
+    checkpoint = checkpoint_of(tmp_path, {"t": torch.ones(100, 100)})
+
+    def progress(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_weights(checkpoint, [WeightSpec("t", "t", (100, 100), "F32")], tmp_path / "out", progress=progress)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("plan", "kind", "message"),
+    [
+        ([WeightSpec("t", "gone", (4, 6), "F32")], CheckpointError, "gone: no such tensor"),
+        ([WeightSpec("t", "t", (6, 4), "F32")], CheckpointError, r"t: wrong shape: expected \[6, 4\], found \[4, 6\]"),
+        ([WeightSpec("t", "t", (4, 6), "F32", True)], CheckpointError, r"expected \[6, 4\], found \[4, 6\]"),
+        ([WeightSpec("t", "vector", (5,), "F32", True)], CheckpointError, "vector: wrong shape"),
+        ([WeightSpec("t", "integers", (3,), "F32")], UsageError, "integers: not a float dtype.*found I64"),
+        ([WeightSpec("t", "t", (4, 6), "U16")], UsageError, "found U16"),
+        ([WeightSpec("t", "t", (4, 6), "fp16")], UsageError, "fp16"),
+        ([WeightSpec("t", "t", (4, 6), "F32")] * 2, UsageError, "twice"),
+    ],
+)
+def test_a_plan_that_does_not_fit_is_refused(
+    tmp_path: Path, plan: list[WeightSpec], kind: type[MllamaError], message: str
+) -> None:
+    tensors = {"t": torch.ones(4, 6), "vector": torch.ones(5), "integers": torch.ones(3, dtype=torch.int64)}
+    with pytest.raises(kind, match=message):
+        write_weights(checkpoint_of(tmp_path, tensors), plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_too_long_to_transpose_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_BUFFER_BYTES", 100)
+    with pytest.raises(UsageError, match="too long"):
+        converted(tmp_path, torch.ones(2, 26), "F32", transpose=True)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, transpose: bool) -> None:
+    """Two threads hold two buffers each, and a stripe; the tensor is sixteen times a buffer."""
+    monkeypatch.setattr(weights, "_BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 1 << 19)
+    tensors = {"t": torch.ones(4096, 1024)}
+    checkpoint = checkpoint_of(tmp_path, tensors)
+    tracemalloc.start()
+    try:
+        write_weights(checkpoint, [spec(tensors, "t", "F16", transpose=transpose)], tmp_path / "out")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * 2 * (1 << 20) + (1 << 19)
+    np.testing.assert_array_equal(load_file(tmp_path / "out")["t in the graph"].numpy(), 1)
