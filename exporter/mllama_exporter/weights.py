@@ -128,7 +128,9 @@ def write_weights(
         with path.open("wb", buffering=0) as file:
             try:
                 _write(file.fileno(), header, 0)
-                stats = _stream(checkpoint, blocks, file.fileno(), clamp, lambda done: progress(done, total))
+                stats = _stream(
+                    checkpoint, blocks, file.fileno(), clamp, lambda done: progress(len(header) + done, total)
+                )
                 checkpoint.assert_unchanged()
                 _check_damage(checkpoint, plan, stats, clamp, allow_damaged)
                 os.fsync(file.fileno())

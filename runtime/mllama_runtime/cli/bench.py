@@ -68,7 +68,9 @@ def _rows(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{"what": "vision, one picture", "ms": vision_seconds(backend, model) * 1e3}]
     seconds = prefill_seconds(backend, model, prompt_len)
-    rows.append({"what": f"prefill, {prompt_len} tokens", "ms": seconds * 1e3, "tokens_per_second": prompt_len / seconds})
+    rows.append(
+        {"what": f"prefill, {prompt_len} tokens", "ms": seconds * 1e3, "tokens_per_second": prompt_len / seconds}
+    )
     for num_tiles in sorted({0, 1, model.vision.max_num_tiles}):
         features = [backend.encode(sample_tiles(model, num_tiles))] if num_tiles else []
         case = DecodeCase(batch, cache_len // 2, cache_len, features)
