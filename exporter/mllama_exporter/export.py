@@ -18,6 +18,7 @@ from mllama_runtime import __version__
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.bundle_writer import BundleWriter
 from mllama_runtime.config import MaskSemantics, ModelConfig
+from mllama_runtime.disk import file_sha256
 from mllama_runtime.errors import BundleError
 from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
 from mllama_runtime.tensorfile import TensorFile, read_header
@@ -40,7 +41,8 @@ _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
 Progress = Callable[[str, int, int], object]
-"""Called with the step's name, and how much of it is done out of how much: bytes for weights, graphs for tracing."""
+"""Called with a step's name, and how much of it is done out of how much: graphs for "tracing", bytes for "weights" and
+"hashing"; "saving" is only announced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ def bundle_from_checkpoint(
             clamp=options.clamp,
             progress=lambda done, total: progress("weights", done, total),
         )
-        writer.add_file(WEIGHTS_NAME)
+        writer.add_file(WEIGHTS_NAME, sha256=_hashed(report, progress))
+        progress("saving", 0, 1)
         specs = _write_graphs(graphs, read_header(report.path, error=BundleError), writer, config)
         checkpoint.assert_unchanged()
         return writer.commit(_manifest(checkpoint, config, options, specs, plan, report))
@@ -103,6 +106,17 @@ def _weight_plan(graphs: dict[GraphKey, ir.Model], config: ModelConfig, options:
     names = {name: None for graph in graphs.values() for name in weight_names(graph)}
     shapes, dtype = expected_tensors(config), _STORED_DTYPES[options.precision]
     return [WeightSpec(name, name, shapes[name], dtype) for name in names]
+
+
+def _hashed(report: WeightsReport, progress: Progress) -> str:
+    done = 0
+
+    def tick(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress("hashing", done, report.size_bytes)
+
+    return file_sha256(report.path, tick)
 
 
 def _write_graphs(
@@ -132,7 +146,7 @@ _DTYPES: dict[ir.DataType, DType] = {
 }
 
 
-def _tensor_specs(values: list[ir.Value] | tuple[ir.Value, ...]) -> tuple[TensorSpec, ...]:
+def _tensor_specs(values: Sequence[ir.Value]) -> tuple[TensorSpec, ...]:
     specs = []
     for value in values:
         if value.name is None or value.dtype is None or value.shape is None:

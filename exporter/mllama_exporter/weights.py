@@ -193,14 +193,11 @@ def _stream(
             idle.put(scratch)
 
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        try:
-            for block, found in zip(blocks, pool.map(converted, blocks), strict=True):
-                stats[block.spec.name] = stats.get(block.spec.name, TensorStats()) + found
-                done += block.target_bytes
-                progress(done)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        # Leaving the loop early closes the iterator, which cancels what has not begun.
+        for block, found in zip(blocks, pool.map(converted, blocks), strict=True):
+            stats[block.spec.name] = stats.get(block.spec.name, TensorStats()) + found
+            done += block.target_bytes
+            progress(done)
     return stats
 
 

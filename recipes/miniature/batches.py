@@ -1,7 +1,8 @@
 """Training batches: pictures as pixel tiles, conversations as token ids, several conversations packed in one row.
 
-Feeds `train.py`. A row holds one picture and as many independent conversations about it as fit; each attends only to
-itself and counts its positions from zero, so that the model sees exactly what single requests look like.
+Feeds `train.py`. A row holds one picture and as many independent conversations about it as fit. Each attends only to
+itself and counts its positions from zero, so that the model sees exactly what single requests look like; the tokens up
+to the picture, which most conversations begin with, stand in the row once.
 """
 
 import random
@@ -40,11 +41,15 @@ class Pictures:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One conversation: ids, where answers are, and for each token which picture it sees (-1 for none)."""
+    """One conversation: ids, where answers are, and for each token which picture it sees (-1 for none).
+
+    The first `num_common` tokens are those of every conversation that begins with the picture.
+    """
 
     ids: list[int]
     learned: list[bool]
     picture: list[int]
+    num_common: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +141,7 @@ class Encoder:
 
     def __call__(self, messages: list[Message], date: str) -> Encoded:
         ids, learned, picture = [TOKEN_IDS["<|begin_of_text|>"]], [False], [-1]
-        seen = -1
+        seen, num_common = -1, 0
         for message in _with_default_system(messages, date):
             content = message["content"]
             parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
@@ -148,7 +153,9 @@ class Encoder:
                 ids += fresh
                 learned += [message["role"] == "assistant" and index > 0] * len(fresh)
                 picture += [seen] * len(fresh)
-        return Encoded(ids, learned, picture)
+                if message is messages[0] and index == 1 and piece == IMAGE_TOKEN:
+                    num_common = len(ids)
+        return Encoded(ids, learned, picture, num_common)
 
 
 def _with_default_system(messages: list[Message], date: str) -> list[Message]:
@@ -168,39 +175,49 @@ def random_date(rng: random.Random) -> str:
 
 
 def fill_row(make: Callable[[], Encoded], length: int) -> list[Encoded]:
-    """Conversations until one does not fit any more."""
+    """Conversations until one does not fit any more. Those with the common beginning come first."""
     row: list[Encoded] = []
     used = 0
     while True:
         conversation = make()
-        if used + len(conversation.ids) > length:
-            return row
-        row.append(conversation)
         used += len(conversation.ids)
+        if row:
+            used -= min(conversation.num_common, max(other.num_common for other in row))
+        if used > length:
+            return sorted(row, key=lambda conversation: -conversation.num_common)
+        row.append(conversation)
 
 
 def pack(rows: list[list[Encoded]], length: int) -> Batch:
-    """Rows of conversations as tensors; the rest of a row is one more block, of padding that nobody learns."""
+    """Rows of conversations as tensors; the rest of a row is one more block, of padding that nobody learns.
+
+    Block 0 is the common beginning: every conversation that has it may look there, and in its own block.
+    """
     shape = (len(rows), length)
     ids = np.full(shape, TOKEN_IDS["<|finetune_right_pad_id|>"], dtype=np.int64)
     targets = np.full(shape, IGNORED, dtype=np.int64)
     positions = np.zeros(shape, dtype=np.int64)
     blocks = np.full(shape, -1, dtype=np.int64)
     picture = np.full(shape, -1, dtype=np.int64)
+    in_common = np.zeros(shape, dtype=bool)
     for index, row in enumerate(rows):
-        start = 0
-        for block, conversation in enumerate(row):
-            end = start + len(conversation.ids)
-            ids[index, start:end] = conversation.ids
-            positions[index, start:end] = range(end - start)
+        end = 0
+        for block, conversation in enumerate(row, start=1):
+            skipped = conversation.num_common if block > 1 else 0
+            start, end = end, end + len(conversation.ids) - skipped
+            ids[index, start:end] = conversation.ids[skipped:]
+            positions[index, start:end] = range(skipped, len(conversation.ids))
             blocks[index, start:end] = block
-            picture[index, start:end] = conversation.picture
-            for offset, learned in enumerate(conversation.learned[1:]):
-                if learned:
-                    targets[index, start + offset] = conversation.ids[offset + 1]
-            start = end
-    block_ids = torch.from_numpy(blocks)
+            in_common[index, start:end] = conversation.num_common > 0
+            picture[index, start:end] = conversation.picture[skipped:]
+            answers = [*conversation.learned[1:], False]
+            following = [*conversation.ids[1:], IGNORED]
+            targets[index, start:end] = np.where(answers, following, IGNORED)[skipped:]
+        if row:
+            blocks[index, : row[0].num_common] = 0
+    block_ids, looks_back = torch.from_numpy(blocks), torch.from_numpy(in_common)
     same = block_ids[:, :, None] == block_ids[:, None, :]
+    same |= looks_back[:, :, None] & (block_ids[:, None, :] == 0)
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     return Batch(
         torch.from_numpy(ids),

@@ -289,7 +289,7 @@ class ChatTemplate:
         try:
             return RenderedChat(self._run(marked, guard), guard)
         except RequestError as refusal:
-            if SYSTEM_REFUSAL not in str(refusal.found) or not _opens_with_system_text(messages):
+            if SYSTEM_REFUSAL not in str(refusal.found) or not _has_system_beside_picture(messages):
                 raise
         if not self._told:
             self._told = True
@@ -339,8 +339,9 @@ def _call_form(call: ToolCall) -> JsonObject:
     return form if call.call_id is None else {"id": call.call_id, **form}
 
 
-def _opens_with_system_text(messages: Sequence[Message]) -> bool:
-    return messages[0].role == "system" and not messages[0].has_image
+def _has_system_beside_picture(messages: Sequence[Message]) -> bool:
+    first, *rest = messages
+    return first.role == "system" and not first.has_image and any(message.has_image for message in rest)
 
 
 def _text_of(message: Message) -> str:

@@ -105,12 +105,15 @@ def _image_from_file(name: str, max_pixels: int) -> Image.Image:
 
 
 def _open_file(name: str) -> BinaryIO:
+    if not name:
+        raise ImageError("the path is empty", where="image")
     try:
         if not stat.S_ISREG(Path(name).stat().st_mode):  # opening a pipe would wait for ever
             raise ImageError("not a regular file", where=name, hint="pass the path of one picture")
         return Path(name).open("rb")
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise ImageError("cannot be read", where=name[:400], found=getattr(error, "strerror", error)) from error
+        reason = getattr(error, "strerror", error)
+        raise ImageError(f"cannot be read ({reason})", where=name[:400]) from error
 
 
 def _image_from_stream(stream: BinaryIO, where: str, max_pixels: int) -> Image.Image:

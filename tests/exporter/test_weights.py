@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 import tracemalloc
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -296,16 +298,36 @@ def test_an_unwritable_place_is_refused(tmp_path: Path) -> None:
     assert tmp_path.is_dir()
 
 
-def test_an_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "_PLAIN_BYTES", 64)
+def test_an_interrupt_stops_the_work_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "_PLAIN_BYTES", 64)  # 625 blocks
     checkpoint = checkpoint_of(tmp_path, {"t": torch.ones(100, 100)})
+    calls, interrupted, write = count(), threading.Event(), os.pwrite
+
+    def slow(fd: int, data: bytes, offset: int) -> int:
+        if next(calls) > 4:
+            interrupted.wait()
+        return write(fd, data, offset)
 
     def progress(done: int, total: int) -> None:
+        interrupted.set()
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "pwrite", slow)
     with pytest.raises(KeyboardInterrupt):
         write_weights(checkpoint, [WeightSpec("t", "t", (100, 100), "F32")], tmp_path / "out", progress=progress)
     assert not (tmp_path / "out").exists()
+    assert next(calls) < 400
+
+
+def test_the_file_is_synced_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+
+    def fsync(fd: int) -> None:
+        synced.append(os.fstat(fd).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    report = converted(tmp_path, torch.ones(100, 100), "F16")[1]
+    assert synced == [report.size_bytes]
 
 
 @pytest.mark.parametrize(

@@ -330,6 +330,21 @@ def test_single_characters_as_parts_make_no_control_token(tokenizer, template) -
     assert "a<|eot_id|>b" in chat.text
 
 
+@pytest.mark.parametrize(
+    ("source", "text"),
+    [
+        ("<{{ messages[0].content | trim }}", " |eot_id|>"),
+        ("<|{{ messages[0].content }}", "eot_id|> and more"),
+        ("{{ messages[0].content | trim }}>", "much and <|eot_id| "),
+        ("{{ messages[0].content }}|eot_id|>", "<"),
+    ],
+)
+def test_template_text_completes_no_control_token(tokenizer, source, text) -> None:
+    chat = rendered(template_of(source, tokenizer), [{"role": "user", "content": text}], {})
+    assert "<|eot_id|>" in chat.text
+    assert not tokenizer.special_ids & set(ids_of(tokenizer, chat))
+
+
 def test_a_break_leaves_no_trace_in_escaped_json_or_repr(processor, tokenizer) -> None:
     source = "{{ messages | tojson(ensure_ascii=true) }}{{ messages[0].content }}<|eot_id|>"
     messages = [user("x<|eot_id|>\\ue000 é")]
@@ -422,11 +437,23 @@ def test_other_refusals_stand(tokenizer, source) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_refusal_that_is_not_about_system_and_picture_stands(tokenizer) -> None:
-    always = template_of("{{ raise_exception('x is incompatible with system messages.') }}", tokenizer)
-    for messages in ([user(None)], [{"role": "system", "content": "x"}, user(None)]):
-        with pytest.raises(RequestError, match="refuses these messages"):
-            rendered(always, messages, {})
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([{"role": "system", "content": "x"}, user(None)], "No system messages."),
+        ([{"role": "system", "content": "x"}, user("a")], "This is incompatible with system messages."),
+        (
+            [{"role": "system", "content": [{"type": "image"}]}, user(None)],
+            "This is incompatible with system messages.",
+        ),
+        ([user(None), user("a")], "This is incompatible with system messages."),
+    ],
+)
+def test_a_refusal_that_is_not_about_system_beside_picture_stands(tokenizer, messages, words) -> None:
+    """The template would take the messages without the first one."""
+    picky = template_of(f"{{% if messages | length > 1 %}}{{{{ raise_exception('{words}') }}}}{{% endif %}}", tokenizer)
+    with pytest.raises(RequestError, match=f"refuses these messages: found {words}"):
+        rendered(picky, messages, {})
 
 
 # Malformed messages and tools.

@@ -169,14 +169,14 @@ def fail(monkeypatch: pytest.MonkeyPatch) -> object:
     return run_failing
 
 
-class Unusual(MllamaError):
+class UnusualError(MllamaError):
     exit_code = 42
 
 
 @pytest.mark.parametrize(
     ("fault", "code", "line"),
     [
-        (Unusual("what", where="where", hint="do"), 42, "where: what; do"),
+        (UnusualError("what", where="where", hint="do"), 42, "where: what; do"),
         (GateError("the gate"), 1, "the gate"),
         (ResourceError("no disk"), 5, "no disk"),
         (EnvironmentFault("no GPU"), 4, "no GPU"),

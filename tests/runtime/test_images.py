@@ -258,6 +258,7 @@ def test_names_that_are_no_files_are_refused(tmp_path: Path) -> None:
     assert "name too long" in refusal("x" * 5000)
     assert len(refusal("x" * 5000)) < 600
     assert "null" in refusal("a\0b.png")
+    assert "the path is empty" in refusal("")
     assert "No such file" in refusal("two\nlines.png")
     assert "regular file" in refusal("/dev/zero")
 

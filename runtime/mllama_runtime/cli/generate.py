@@ -16,6 +16,7 @@ from ..errors import RequestError, UsageError
 from ..fields import load_json, printable
 from ..images import URL_PREFIXES
 from ..sampling import SamplingParams
+from ..tokenizer import checked_text
 from . import example, json_option
 from .answers import echo_text, engine_options, open_engine, sampling_options, write_answer
 
@@ -94,7 +95,7 @@ def _prompt(text: str | None, file: Path | None, system: str | None, raw: bool) 
     if file is None:
         if text is None:
             raise UsageError("nothing to answer", hint="give --prompt TEXT or --messages FILE")
-        return _stdin() if text == "-" else text
+        return _stdin() if text == "-" else checked_text(text, "--prompt")
     for option, is_given in (("--prompt", text is not None), ("--raw", raw)):
         if is_given:
             raise UsageError(f"{option} and --messages exclude each other")
@@ -106,7 +107,7 @@ def _prompt(text: str | None, file: Path | None, system: str | None, raw: bool) 
 
 def _stdin() -> str:
     """All of stdin, but the newline that `echo` and editors put at its end."""
-    data: bytes = click.get_binary_stream("stdin").read()
+    data = sys.stdin.buffer.read()
     try:
         return data.decode("utf-8").removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError as error:

@@ -1,0 +1,73 @@
+"""A graph that also tells the largest absolute value of its activations: for validation, and for calibration.
+
+A copy of a graph gets one more output, a scalar, for every tensor asked for; it runs in ONNX Runtime beside the
+original's weights file, which is neither copied nor moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+import onnxruntime as ort
+from mllama_runtime.errors import BundleError
+
+_FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+_LOG_ERRORS_ONLY = 3
+
+
+def activation_names(graph: ir.Graph) -> dict[str, str]:
+    """Every float tensor that depends on the graph's inputs, each with the last weight used before it.
+
+    The weight says where in the model a tensor is, which names such as `Add_57_output_0` do not.
+    """
+    moving, names, weight = set(graph.inputs), {}, "the input"
+    for node in graph:
+        for value in node.inputs:
+            if value is not None and value.name is not None and value.is_initializer() and "." in value.name:
+                weight = value.name
+        if moving.isdisjoint(value for value in node.inputs if value is not None):
+            continue
+        moving.update(node.outputs)
+        names.update({value.name: weight for value in node.outputs if value.name and value.dtype in _FLOATS})
+    return names
+
+
+def observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, Mapping[str, str]]:
+    """A copy with an output of max |x|, a float32 scalar, for each of these tensors; and output name -> tensor name.
+
+    Names the graph does not have are left out. An infinity comes through; whether a NaN does depends on where it
+    stands, so what looks for NaN looks at the graph's own outputs.
+    """
+    model = model.clone()
+    graph = model.graph
+    values = {value.name: value for node in graph for value in node.outputs}
+    outputs: dict[str, str] = {}
+    for name in names:
+        if name not in values:
+            continue
+        magnitude = ir.node("Abs", [values[name]])
+        largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
+        result = ir.node("Cast", largest.outputs, {"to": ir.DataType.FLOAT})
+        for node, suffix in ((magnitude, "abs"), (largest, "max"), (result, "observed")):
+            node.name = f"{name}_{suffix}"
+            node.outputs[0].name = f"{name}_{suffix}"
+        result.outputs[0].type, result.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(())
+        graph.extend((magnitude, largest, result))
+        graph.outputs.append(result.outputs[0])
+        outputs[f"{name}_observed"] = name
+    return model, outputs
+
+
+def session_from_model(model: ir.Model, folder: Path) -> ort.InferenceSession:
+    """A session of a graph in memory whose weights file lies in `folder`. Raises BundleError."""
+    options = ort.SessionOptions()
+    options.log_severity_level = _LOG_ERRORS_ONLY
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
+    data = ir.to_proto(model).SerializeToString()
+    try:
+        return ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime raises its own types, which share no base class
+        raise BundleError("ONNX Runtime cannot load the observed graph", where=folder, found=error) from error

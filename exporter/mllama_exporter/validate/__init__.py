@@ -1,0 +1,12 @@
+"""Is a bundle still the model? It is compared with its checkpoint in transformers, tensor by tensor and answer by answer.
+
+    report = report_from_bundle(Bundle.open(path), checkpoint)
+    print(report.to_text())
+"""
+
+from mllama_exporter.validate.checks import Check
+from mllama_exporter.validate.pipeline import DEFAULT_STEPS, report_from_bundle
+from mllama_exporter.validate.report import REPORT_NAME, Report
+from mllama_exporter.validate.task import questions_from_jsonl
+
+__all__ = ["DEFAULT_STEPS", "REPORT_NAME", "Check", "Report", "questions_from_jsonl", "report_from_bundle"]

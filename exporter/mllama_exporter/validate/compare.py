@@ -1,0 +1,151 @@
+"""Runs a bundle over what the reference has run, and measures how far every tensor is from the reference's.
+
+It takes the product's own path: preprocessing, back end, decode loop, engine. What it measures goes to `checks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from mllama_runtime.backends import Backend, Features
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.decode import Row, prefill
+from mllama_runtime.engine import Engine, Request
+from mllama_runtime.errors import BundleError, GateError
+from mllama_runtime.fields import load_json
+from mllama_runtime.images import load_image
+from mllama_runtime.preprocessing import ImageTiles, PreprocessorConfig, preprocess
+from mllama_runtime.prompt import image_visibility
+from mllama_runtime.sampling import Sampler, SamplingParams
+from mllama_runtime.streaming import TextStream
+from numpy.typing import NDArray
+
+from mllama_exporter.validate.checks import Observation, absolute_error, kl_divergences, relative_error
+from mllama_exporter.validate.reference import ReferenceInputs, ReferenceRun
+
+Array = NDArray[Any]
+Tick = Callable[[], object]
+_BATCH = 4  # requests answered together: enough to mix lengths, and prompts with and without pictures
+
+
+class Candidate:
+    """A bundle on one back end; opened and closed by the caller."""
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.engine, self.backend, self.manifest = Engine(bundle, backend), backend, bundle.manifest
+        path = bundle.path("preprocessor.json")
+        values: Any = load_json(path.read_bytes(), where=path, error=BundleError)
+        self._preprocessor = PreprocessorConfig.from_dict(values, path)
+
+    def tiles(self, inputs: ReferenceInputs) -> list[ImageTiles]:
+        return [preprocess(load_image(image), self._preprocessor) for image in inputs.sample.images]
+
+    def visibility(self, inputs: ReferenceInputs, tiles: Sequence[ImageTiles]) -> NDArray[np.bool_]:
+        """Which real tiles each of the reference's tokens sees: bool [seq, tiles of all pictures]."""
+        num_tiles = [each.num_tiles for each in tiles]
+        return image_visibility(inputs.token_ids, self.manifest.model.image_token_id, num_tiles)
+
+    def answers(self, requests: Sequence[Request]) -> Iterator[Any]:
+        """Generations in order, answered a batch at a time."""
+        for start in range(0, len(requests), _BATCH):
+            yield from self.engine.generate_batch(requests[start : start + _BATCH])
+
+
+def observations_from_inputs(candidate: Candidate, inputs: ReferenceInputs) -> Iterator[Observation]:
+    """Preprocessing, tokenisation and masks, before any graph runs."""
+    sample = inputs.sample
+    raw = {} if "chat_template.jinja" in candidate.manifest.files else {"prompt": sample.raw_text, "raw": True}
+    prompt = candidate.engine.prompt(Request(**{"prompt": sample.messages, "images": sample.images} | raw))
+    yield Observation("token_ids", _mismatches(prompt.token_ids, inputs.token_ids), sample.name)
+    if not sample.images:
+        return
+    tiles = candidate.tiles(inputs)
+    pixel_values = np.stack([each.pixel_values for each in tiles])
+    yield Observation("pixel_values", absolute_error(pixel_values, inputs.pixel_values), sample.name)
+    found = [(each.aspect_ratio_id, *each.aspect_ratio_mask.tolist()) for each in tiles]
+    expected = np.column_stack([inputs.aspect_ratio_ids, inputs.aspect_ratio_mask]).tolist()
+    yield Observation("aspect_ratios", _mismatches(found, list(map(tuple, expected))), sample.name)
+    mask = padded_visibility(candidate.visibility(inputs, tiles), tiles)
+    mismatches = int((mask != inputs.cross_attention_mask.reshape(mask.shape)).sum())
+    yield Observation("cross_attention_mask", mismatches, sample.name)
+
+
+def observations_from_run(candidate: Candidate, run: ReferenceRun) -> Iterator[Observation]:
+    """Every tensor, fed with the reference's own token ids, so that what came before does not blur what comes after."""
+    inputs, name = run.inputs, run.inputs.sample.name
+    tiles = candidate.tiles(inputs)
+    features = [candidate.backend.encode(each) for each in tiles]
+    cross = _joined([each.arrays() for each in features])
+    logits, past = _teacher_forced(candidate, run, candidate.visibility(inputs, tiles), features)
+    for key, expected in {**run.cross, **run.past}.items():
+        yield Observation(key, relative_error({**cross, **past}[key], expected), name)
+    yield Observation("prefill_logits", relative_error(logits[0], run.logits[0]), name)
+    agreed = logits.argmax(axis=1) == run.logits.argmax(axis=1)
+    divergences = kl_divergences(logits, run.logits)
+    for step, (same, divergence) in enumerate(zip(agreed.tolist(), divergences.tolist(), strict=True)):
+        yield Observation("teacher_forced_top1", float(same), name, f"step {step}")
+        yield Observation("teacher_forced_kl_mean", divergence, name, f"step {step}")
+        yield Observation("teacher_forced_kl", divergence, name, f"step {step}")
+    tensors = [logits, *cross.values(), *past.values()]
+    num_nonfinite = sum(int(np.size(array) - np.isfinite(array).sum()) for array in tensors)
+    yield Observation("num_nonfinite", num_nonfinite, name)
+
+
+def observations_from_generation(
+    candidate: Candidate, runs: Sequence[ReferenceRun], max_steps: int
+) -> Iterator[Observation]:
+    """Free-running greedy generation through the engine, in mixed batches."""
+    sampling = SamplingParams(max_new_tokens=max_steps)
+    requests = [Request(run.inputs.text, images=run.inputs.sample.images, sampling=sampling, raw=True) for run in runs]
+    answered = 0
+    try:
+        for answered, (run, answer) in enumerate(zip(runs, candidate.answers(requests), strict=True), start=1):
+            pairs = enumerate(zip(answer.token_ids, run.continuation, strict=False))
+            shorter = min(len(answer.token_ids), len(run.continuation))
+            step = next((step for step, (found, expected) in pairs if found != expected), shorter)
+            same = answer.token_ids == run.continuation
+            note = "" if same else f"diverges at step {step}"
+            yield Observation("generation_identical", float(same), run.inputs.sample.name, note)
+    except GateError as error:  # logits that are not numbers
+        for run in runs[answered:]:
+            yield Observation("generation_identical", 0.0, run.inputs.sample.name, error.what)
+
+
+def padded_visibility(visibility: NDArray[np.bool_], tiles: Sequence[ImageTiles]) -> NDArray[np.bool_]:
+    """Real tiles side by side [seq, sum(num_tiles)] -> with padding tiles, which nobody sees, [seq, I*T]."""
+    is_real = np.concatenate([each.aspect_ratio_mask for each in tiles]).astype(np.bool_)
+    padded = np.zeros((len(visibility), len(is_real)), np.bool_)
+    padded[:, is_real] = visibility
+    return padded
+
+
+def _teacher_forced(
+    candidate: Candidate, run: ReferenceRun, visibility: NDArray[np.bool_], features: Sequence[Features]
+) -> tuple[Array, Mapping[str, Array]]:
+    """Logits [N, vocab] and caches [1, G, S+N-1, D] when every step gets the reference's token."""
+    prompt, model = run.inputs.token_ids, candidate.manifest.model
+    row = Row(
+        token_ids=np.array(prompt, np.int64),
+        visibility=visibility,
+        features=features,
+        sampler=Sampler(SamplingParams(), model.text.vocab_size),
+        text=TextStream(candidate.engine.tokenizer.backend),
+        max_new_tokens=len(run.continuation),
+    )
+    slots = candidate.backend.slots(num_slots=1, cache_len=row.cache_len, num_tiles=visibility.shape[1])
+    logits = [prefill(slots, 0, row, candidate.manifest.mask_semantics)]
+    for position, token_id in enumerate(run.continuation[:-1], start=len(prompt)):
+        logits.append(slots.decode(np.array([token_id]), np.array([position]))[0].copy())
+    return np.stack(logits), slots.cached(0, row.cache_len)
+
+
+def _joined(arrays: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The pictures' keys and values behind one another, as the reference's cache has them."""
+    return {name: np.concatenate([each[name] for each in arrays], axis=2) for name in (arrays[0] if arrays else ())}
+
+
+def _mismatches(found: Sequence[object], expected: Sequence[object]) -> int:
+    differing = sum(one != other for one, other in zip(found, expected, strict=False))
+    return differing + abs(len(found) - len(expected))

@@ -1,0 +1,210 @@
+"""Bundle and checkpoint to report: the whole validation, one step after the other in `report_from_bundle`.
+
+The reference runs first, and its weights are freed before the bundle's are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from mllama_runtime import __version__
+from mllama_runtime.backends.ort import OrtBackend
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.engine import Request
+from mllama_runtime.errors import BundleError, GateError, InputError, ResourceError
+from mllama_runtime.sampling import SamplingParams
+
+from mllama_exporter.checkpoint import Checkpoint
+from mllama_exporter.validate.activations import Activations
+from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
+from mllama_exporter.validate.compare import (
+    Candidate,
+    observations_from_generation,
+    observations_from_inputs,
+    observations_from_run,
+)
+from mllama_exporter.validate.reference import (
+    ATTENTION,
+    ReferenceModel,
+    ReferenceProcessor,
+    ReferenceRun,
+    inputs_from_samples,
+)
+from mllama_exporter.validate.report import NotRun, ReferenceInfo, Report
+from mllama_exporter.validate.samples import Sample, builtin_samples
+from mllama_exporter.validate.task import MAX_ANSWER_TOKENS, Question, accuracy_check
+from mllama_exporter.validate.thresholds import TASK_ACCURACY_DROP, THRESHOLDS, Bound, GraphKind
+
+DEFAULT_STEPS = 32
+_TOOLS = ("numpy", "onnxruntime", "torch", "transformers")
+_BYTES_PER_PARAMETER = 4
+
+T = TypeVar("T")
+Progress = Callable[[str, int, int], object]
+"""Called with the step's name, and how many samples of it are done out of how many."""
+
+
+def report_from_bundle(
+    bundle: Bundle,
+    reference: Path,
+    *,
+    task: Sequence[Question] = (),
+    max_steps: int = DEFAULT_STEPS,
+    samples: Sequence[Sample] | None = None,
+    progress: Progress = lambda step, done, total: None,
+) -> Report:
+    """Compare a bundle with the checkpoint it was made from.
+
+    Args:
+        reference: the checkpoint's folder.
+        task: questions for both to answer.
+        max_steps: tokens to generate for each sample, at most.
+        samples: by default the built-in ones.
+
+    Raises:
+        InputError: the checkpoint is not the one the bundle was made from.
+        GateError: a file of the bundle is not what its manifest says.
+        EnvironmentFault: a package is missing.
+        ResourceError: the reference does not fit into memory.
+    """
+    info, bounds, precision = _checked(bundle, reference), _bounds(bundle), bundle.manifest.precision
+    processor = ReferenceProcessor(reference)
+    chosen = builtin_samples(bundle.manifest.model.vision) if samples is None else samples
+    inputs, refused = inputs_from_samples(processor, chosen)
+    not_run = [NotRun(f"sample {name}", reason) for name, reason in refused.items()]
+    # Both sides render their chat templates here, at one moment: a template may write today's date.
+    twins = Candidate(bundle, OrtBackend(bundle))
+    seen = [found for each in inputs for found in observations_from_inputs(twins, each)]
+
+    model = _reference_model(bundle, reference)
+    runs = [model.run(each, max_steps) for each in _ticking(inputs, "reference", progress)]
+    asked = [_asked(processor, model, each) for each in _ticking(task, "task, reference", progress)]
+    del model
+
+    with twins.engine:
+        seen += _observations(twins, runs, max_steps, "ort graphs", progress)
+        answers = [twins.engine.generate_batch([each.request])[0].text for each in _ticking(asked, "task", progress)]
+    activations = Activations(bundle, twins)
+    seen += [found for each in _ticking(inputs, "activations", progress) for found in activations.observations(each)]
+    checks = checks_from_observations(seen, bounds["ort"])
+
+    if "standard" in bounds:
+        with (standard := Candidate(bundle, OrtBackend(bundle, standard=True))).engine:
+            seen = list(_observations(standard, runs, max_steps, "standard graphs", progress))
+        checks += checks_from_observations(seen, bounds["standard"], prefix="standard_")
+    else:
+        not_run.append(NotRun("standard graphs", f"ONNX Runtime's CPU provider has no {precision} kernels"))
+    if task:
+        expected = [each.answer for each in asked]
+        checks.append(accuracy_check(task, answers, expected, TASK_ACCURACY_DROP[precision]))
+    else:
+        not_run.append(NotRun("task_accuracy", "no task was given"))
+    return _report(bundle, info, checks, not_run, num_samples=len(inputs), max_steps=max_steps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A question as the bundle is to be asked it, and the reference's answer."""
+
+    request: Request
+    answer: str
+
+
+def _asked(processor: ReferenceProcessor, model: ReferenceModel, question: Question) -> _Asked:
+    inputs = processor.inputs(question.sample)
+    sampling = SamplingParams(max_new_tokens=MAX_ANSWER_TOKENS)
+    request = Request(inputs.text, images=question.sample.images, sampling=sampling, raw=True)
+    return _Asked(request, processor.text(model.answer(inputs, MAX_ANSWER_TOKENS)))
+
+
+def _observations(
+    candidate: Candidate, runs: Sequence[ReferenceRun], max_steps: int, step: str, progress: Progress
+) -> Iterator[Observation]:
+    for run in _ticking(runs, step, progress):
+        yield from observations_from_run(candidate, run)
+    yield from observations_from_generation(candidate, runs, max_steps)
+
+
+def _reference_model(bundle: Bundle, reference: Path) -> ReferenceModel:
+    num_layers = bundle.manifest.options.get("num_layers")
+    if num_layers is not None and not isinstance(num_layers, int):
+        raise BundleError("not a number of layers", where="manifest.json: options.num_layers", found=repr(num_layers))
+    needed = _BYTES_PER_PARAMETER * bundle.manifest.source.num_parameters
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise ResourceError(
+            "the reference, in float32, does not fit into memory",
+            where=reference,
+            expected=f"at least {needed / 1e9:.0f} GB",
+            found=f"{memory / 1e9:.0f} GB",
+            hint="validate on a larger machine",
+        )
+    return ReferenceModel(reference, mask_semantics=bundle.manifest.mask_semantics, num_layers=num_layers)
+
+
+def _checked(bundle: Bundle, reference: Path) -> ReferenceInfo:
+    """That the bundle is whole, and made from this checkpoint."""
+    problems = bundle.verify(full=True).problems
+    if problems:
+        raise GateError(f"the bundle is damaged: {'; '.join(map(str, problems))}", where=bundle.root)
+    checkpoint = Checkpoint.open(reference)
+    fingerprint, expected = checkpoint.fingerprint(), bundle.manifest.source.fingerprint
+    if fingerprint != expected:
+        hint = "name the checkpoint it was exported from"
+        raise InputError(
+            f"not the checkpoint of {bundle.root}",
+            where=reference,
+            expected=f"fingerprint {expected}",
+            found=fingerprint,
+            hint=hint,
+        )
+    library = f"transformers {importlib.metadata.version('transformers')}"
+    return ReferenceInfo(reference.resolve().name, fingerprint, library, "float32", ATTENTION)
+
+
+def _bounds(bundle: Bundle) -> dict[GraphKind, Mapping[str, Bound]]:
+    """Of the kinds of graphs that run at the bundle's precision."""
+    precision = bundle.manifest.precision
+    bounds = {kind: found for (name, kind), found in THRESHOLDS.items() if name == precision}
+    if not bounds:
+        known = ", ".join(dict.fromkeys(name for name, _ in THRESHOLDS))
+        raise InputError("no thresholds for this precision", where=bundle.root, expected=known, found=precision)
+    return bounds
+
+
+def _report(
+    bundle: Bundle,
+    reference: ReferenceInfo,
+    checks: Sequence[Check],
+    not_run: Sequence[NotRun],
+    *,
+    num_samples: int,
+    max_steps: int,
+) -> Report:
+    manifest = bundle.manifest
+    return Report(
+        bundle=manifest.name,
+        precision=manifest.precision,
+        mask_semantics=manifest.mask_semantics,
+        backend=OrtBackend.name,
+        reference=reference,
+        tools={"mllama-deploy": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+        num_samples=num_samples,
+        max_steps=max_steps,
+        checks=tuple(checks),
+        not_run=tuple(not_run),
+    )
+
+
+def _ticking(items: Sequence[T], step: str, progress: Progress) -> Iterator[T]:
+    """The items, with progress reported before each and at the end."""
+    for done, item in enumerate(items):
+        progress(step, done, len(items))
+        yield item
+    if items:
+        progress(step, len(items), len(items))

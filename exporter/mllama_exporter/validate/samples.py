@@ -1,0 +1,94 @@
+"""The built-in prompts and pictures of a validation: drawn here, the same every time, for any model's tile size.
+
+Every canvas shape occurs, and every way in which pictures and text can stand to each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mllama_runtime.config import VisionConfig
+from mllama_runtime.images import ImageSource
+from mllama_runtime.tokenizer import IMAGE_TOKEN
+from PIL import Image, ImageDraw
+
+Part = Mapping[str, str]
+Message = Mapping[str, Any]
+"""{"role", "content"}, the content a list of text and image parts; as `chat.messages_from` takes it."""
+
+_QUESTIONS = (
+    "Describe the picture.",
+    "How many shapes are there?",
+    "What do you see?",
+    "What is in this picture?",
+    "How many shapes do you see?",
+)
+_COLORS = ((220, 30, 30), (30, 140, 40), (40, 60, 220), (240, 210, 30), (130, 40, 160), (245, 140, 20))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt; `images` fill the image parts of `messages` in order."""
+
+    name: str
+    messages: Sequence[Message]
+    images: tuple[ImageSource, ...] = ()
+
+    @property
+    def raw_text(self) -> str:
+        """The prompt for a model without chat template: one turn a line, `<|image|>` where a picture stands."""
+        parts = ([part.get("text", IMAGE_TOKEN) for part in message["content"]] for message in self.messages)
+        return "\n".join("".join(turn) for turn in parts)
+
+
+def builtin_samples(vision: VisionConfig) -> list[Sample]:
+    """A prompt for every canvas shape, and one for every other order of text and pictures."""
+    ratios, size = vision.supported_aspect_ratios, vision.image_size
+    samples = [
+        question(f"canvas_{high}x{wide}", _QUESTIONS[index % len(_QUESTIONS)], drawn(high, wide, size, seed=index))
+        for index, (high, wide) in enumerate(ratios)
+    ]
+    first, last, odd = drawn(1, 1, size, seed=101), drawn(*ratios[-1], size, seed=102), drawn(1, 1, size, seed=103)
+    asked, answered = _turn("user", "How many shapes are there?"), _turn("assistant", "There are two shapes.")
+    others = [
+        Sample("text_only", [_turn("user", "Name the four seasons.")]),
+        Sample("text_before_picture", [_turn("user", "Look at this: ", None, "What do you see?")], (first,)),
+        Sample("two_pictures", [_turn("user", None, None, "Describe the pictures.")], (first, last)),
+        Sample("second_turn", [_turn("user", None, "What do you see?"), answered, asked], (odd,)),
+        Sample(
+            "picture_in_second_turn",
+            [_turn("user", None, "What do you see?"), answered, _turn("user", None, "And what is in this one?")],
+            (last, odd.convert("RGBA")),
+        ),
+    ]
+    return [*samples[:1], *others, *samples[1:]]  # so that a batch of neighbours is mixed
+
+
+def question(name: str, text: str, image: ImageSource | None) -> Sample:
+    """A picture, or none, and then a question about it."""
+    return Sample(name, [_turn("user", *([] if image is None else [None]), text)], () if image is None else (image,))
+
+
+def drawn(tiles_high: int, tiles_wide: int, image_size: int, *, seed: int) -> Image.Image:
+    """Bright shapes on a pale gradient, a little smaller than a canvas of so many tiles, so that it is resized."""
+    rng = np.random.default_rng(seed)
+    margin = max(1, image_size // 4)
+    height, width = tiles_high * image_size - margin, tiles_wide * image_size - margin
+    shade = np.add.outer(np.linspace(0, 20, height), np.linspace(0, 20, width))[..., None]
+    noise = rng.integers(0, 4, (height, width, 3))
+    picture = Image.fromarray((250 - shade - noise).astype(np.uint8))
+    pen, radius = ImageDraw.Draw(picture), min(height, width) // 5
+    for index in range(tiles_high * tiles_wide + 1):
+        x, y = (int(rng.integers(radius, side - radius)) for side in (width, height))
+        draw = (pen.ellipse, pen.rectangle)[index % 2]
+        draw((x - radius, y - radius, x + radius, y + radius), fill=_COLORS[int(rng.integers(len(_COLORS)))])
+    return picture
+
+
+def _turn(role: str, *parts: str | None) -> Message:
+    """A message; None among the parts is a picture's place."""
+    content: list[Part] = [{"type": "image"} if part is None else {"type": "text", "text": part} for part in parts]
+    return {"role": role, "content": content}
