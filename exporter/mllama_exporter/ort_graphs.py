@@ -44,7 +44,7 @@ def _compute_in_float32(graph: ir.Graph) -> None:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
     for value in [*graph.inputs, *graph.outputs]:
         if value.dtype in _LOW_PRECISION:
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)  # a new one: the clone shares its types with the original
     first = graph[0]
     for name, value in list(graph.initializers.items()):
         if value.dtype not in _LOW_PRECISION:
@@ -52,7 +52,7 @@ def _compute_in_float32(graph: ir.Graph) -> None:
         constant = value.const_value
         if constant is not None and not isinstance(constant, ir.ExternalTensor):
             value.const_value = ir.tensor(constant.numpy().astype(np.float32), name=name)
-            value.dtype = ir.DataType.FLOAT
+            value.type = ir.TensorType(ir.DataType.FLOAT)
             continue
         cast = ir.node("Cast", [value], {"to": ir.DataType.FLOAT}, name=f"{name}_to_float32")
         cast.outputs[0].name = f"{name}_float32"
@@ -104,10 +104,10 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
 
 def _replace(old: ir.Value, new: ir.Value) -> None:
     """Let `new` stand where `old` stood, under the same name and among the graph's outputs too."""
-    name, dtype, shape = old.name, old.dtype, old.shape
+    name = old.name
     ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
     old.name = f"{name}_replaced"
-    new.name, new.dtype, new.shape = name, dtype, shape
+    new.name, new.type, new.shape = name, old.type, old.shape
 
 
 def _use_group_query_attention(graph: ir.Graph, attentions: list[ir.Node], config: ModelConfig) -> None:

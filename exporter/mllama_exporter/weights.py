@@ -309,10 +309,10 @@ def _check_damage(
         if found.num_beyond:
             beyond.append(f"{spec.source} ({found.num_beyond} values, largest {found.max_abs:g})")
     if damaged and not allow_damaged:
-        what = f"{len(damaged)} tensors are damaged: {listed(damaged)}"
+        what = f"damaged tensors ({len(damaged)}): {listed(damaged)}"
         raise CheckpointError(what, where=checkpoint.folder, hint="fetch the checkpoint again, or ask its author")
     if beyond and not clamp:
-        what = f"{len(beyond)} tensors hold values the written dtype cannot: {listed(beyond)}"
+        what = f"values beyond the written dtype in tensors ({len(beyond)}): {listed(beyond)}"
         raise CheckpointError(what, where=checkpoint.folder, hint="export as bf16 or fp32, or allow clamping")
 
 

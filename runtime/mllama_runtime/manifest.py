@@ -217,4 +217,4 @@ def is_inner_path(path: str) -> bool:
 
 def _folded(path: str) -> str:
     """Equal for paths that a file system blind to case or to Unicode composition cannot tell apart."""
-    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+    return unicodedata.normalize("NFC", path.casefold())

@@ -169,7 +169,7 @@ def tiled_canvas(height: int, width: int, image_size: int, max_num_tiles: int) -
     """The canvas, as (tiles high, tiles wide), for a picture of height x width pixels.
 
     The one that enlarges the picture least; if every canvas is too small, the one that shrinks it least. Among equals
-    the first, which always has the fewest tiles: if a later (c, d) with fewer equals (a, b), the earlier (a, d) does too.
+    the first, which always has the fewest tiles: if a later (c, d) with fewer equals (a, b), an earlier (a, d) does.
     """
     scales = {
         (high, wide): min(high * image_size / height, wide * image_size / width)

@@ -140,6 +140,12 @@ def test_leftovers_of_an_interrupted_stamp_are_named_but_harmless(folder: Path) 
     assert len(Bundle.open(folder).verify(full=False).problems) == 2
 
 
+def test_a_listed_report_is_no_leftover(folder: Path) -> None:
+    Bundle.open(folder).stamp(VERDICT, {"reports/validation.json": b"{}"})
+    (folder / "reports/validation.json").write_bytes(b"[]")
+    assert "reports/validation.json: wrong content" in refusal(folder)
+
+
 @pytest.mark.parametrize("target", ["inside", "outside", "nowhere"])
 def test_a_symbolic_link_is_refused(folder: Path, verify: Callable[[Path], Verification], target: str) -> None:
     path = folder / "weights.safetensors"

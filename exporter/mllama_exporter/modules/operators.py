@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-_FLOAT = 1  # TensorProto.FLOAT: softmax and normalisation accumulate in float32 whatever the graph's precision
+_FLOAT = 1  # TensorProto.FLOAT: normalisation accumulates in float32 whatever the graph's precision
 
 
 def _node(
@@ -46,13 +46,15 @@ def tensor_scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tens
 def cached_attention(query: Tensor, key: Tensor, value: Tensor, kv_lengths: Tensor) -> Tensor:
     """Causal attention of query [B, H, S, D] over the first kv_lengths [B] entries of a cache [B, G, C, D].
 
+    No softmax_precision in either attention: TensorRT's parser refuses it (and its kernels accumulate in float32).
+
     The causal frontier is aligned to the bottom right: the last new token sits at position kv_lengths - 1.
     """
-    attrs: dict[str, int | float] = {"is_causal": 1, "scale": query.shape[-1] ** -0.5, "softmax_precision": _FLOAT}
+    attrs: dict[str, int | float] = {"is_causal": 1, "scale": query.shape[-1] ** -0.5}
     return _node("Attention", [query, key, value, None, None, None, kv_lengths], attrs, like=query, version=24)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention of query [B, H, S, D] over key, value [B, G, R, D] where the boolean mask [B, 1, S, R] is true."""
-    attrs: dict[str, int | float] = {"scale": query.shape[-1] ** -0.5, "softmax_precision": _FLOAT}
+    attrs: dict[str, int | float] = {"scale": query.shape[-1] ** -0.5}
     return _node("Attention", [query, key, value, mask], attrs, like=query, version=24)

@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 a gate failed; 2 usage; 3 bad input; 4 environment; 5 reso
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -70,6 +72,7 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, verb.help) for name, verb in VERBS.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
+        _make_streams_usable()
         with _sigterm_as_exit():
             try:
                 return super().invoke(ctx)
@@ -149,6 +152,15 @@ def _for_people(fault: Exception, verb: Verb | None) -> MllamaError | None:
 def _echo_json(kind: str, code: int, message: str, **fields: object) -> None:
     texts = {name: None if value is None else str(value) for name, value in fields.items()}
     click.echo(json.dumps({"error": {"type": kind, "exit_code": code, "message": message, **texts}}))
+
+
+def _make_streams_usable() -> None:
+    """Neither a closed stream nor an encoding that lacks a character of an answer is a reason to fail."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115 - it stays open
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 @contextmanager
