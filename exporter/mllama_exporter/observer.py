@@ -19,19 +19,22 @@ _LOG_ERRORS_ONLY = 3
 
 
 def activation_names(graph: ir.Graph) -> dict[str, str]:
-    """Every float tensor that depends on the graph's inputs, each with the last weight used before it.
+    """Every float tensor computed from pixels, embeddings or caches, each with the last weight used up to it.
 
-    The weight says where in the model a tensor is, which names such as `Add_57_output_0` do not.
+    Positions, their angles and masks are not among them. The weight says where in the model a tensor is, which names
+    such as `Add_57_output_0` do not.
     """
-    moving, names, weight = set(graph.inputs), {}, "the input"
+    moving = {value for value in graph.inputs if value.dtype in _FLOATS}
+    names: dict[str, str] = {}
+    weight = "no weight"
     for node in graph:
-        for value in node.inputs:
-            if value is not None and value.name is not None and value.is_initializer() and "." in value.name:
-                weight = value.name
-        if moving.isdisjoint(value for value in node.inputs if value is not None):
-            continue
-        moving.update(node.outputs)
-        names.update({value.name: weight for value in node.outputs if value.name and value.dtype in _FLOATS})
+        given = [value for value in node.inputs if value is not None]
+        weights = [value.name for value in given if isinstance(value.const_value, ir.ExternalTensor)]
+        weight = weights[-1] or weight if weights else weight
+        if not moving.isdisjoint(given) or (weights and node.op_type == "Gather"):
+            floats = [value for value in node.outputs if value.dtype in _FLOATS]
+            moving.update(floats)
+            names.update({value.name: weight for value in floats if value.name})
     return names
 
 

@@ -41,7 +41,7 @@ class BundleWriter:
             _check_output(self.output, not_inside)
 
     def __enter__(self) -> BundleWriter:
-        with disk_faults(self.path):
+        with disk_faults(self.output):
             self.path.mkdir()
         return self
 

@@ -147,6 +147,13 @@ def test_outputs_that_are_refused(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
 
 
+def test_a_checkpoint_named_through_a_link_is_still_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "checkpoint")
+    with pytest.raises(InputError, match="or inside it"):
+        write(tmp_path / "checkpoint" / "bundle", not_inside=tmp_path / "link")
+
+
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     """/proc takes no new folders, not even from root."""
     with pytest.raises(InputError, match=r"/proc/.*: cannot be written \("):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -238,8 +239,16 @@ def test_as_a_process(folder: Path) -> None:
     assert done.stdout.startswith("LICENSE: wrong content")
 
 
-def test_a_reader_that_goes_away_is_no_error(folder: Path) -> None:
-    process = subprocess.Popen(command_line("inspect", folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("write", ["click.echo('x')", "print('x')", "print('x' * 100_000)"])
+def test_a_reader_that_goes_away_is_no_error(write: str) -> None:
+    script = (
+        f"import click, mllama_runtime.cli as cli; cli.double = click.command()(lambda: {write});"
+        "cli.VERBS['write'] = cli.Verb('mllama_runtime.cli:double', 'Write.', 'cpu'); cli.main(['write'])"
+    )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], env=buffered, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()

@@ -178,6 +178,15 @@ def test_what_is_no_text_is_refused(tokenizer, text, found, special) -> None:
         tokenizer.encode(text, special=special)
 
 
+def test_the_longest_special_token_wins(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(CHECKPOINT / "tokenizer.json"))
+    backend.add_special_tokens(["<|eot_id|>!", "<|eot_id|>!?"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    extended = Tokenizer.from_file(tmp_path / "tokenizer.json")
+    for text in ("a<|eot_id|>!?b", "<|eot_id|>!b", "<|eot_id|>b", "<|eot_id|><|eot_id|>!!?"):
+        assert extended.encode(text, special=True) == backend.encode(text, add_special_tokens=False).ids
+
+
 def changed_source(change) -> str:
     parsed = json.loads((CHECKPOINT / "tokenizer.json").read_text(encoding="utf-8"))
     change(parsed)

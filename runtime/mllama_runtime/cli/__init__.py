@@ -75,7 +75,9 @@ class LazyGroup(click.Group):
         _make_streams_usable()
         with _sigterm_as_exit():
             try:
-                return super().invoke(ctx)
+                result = super().invoke(ctx)
+                sys.stdout.flush()  # a reader that went away is noticed here, not at the interpreter's end
+                return result
             except click.exceptions.Exit:
                 raise
             except click.ClickException as fault:

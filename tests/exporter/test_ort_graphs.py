@@ -1,0 +1,108 @@
+"""The twin against the standard decoder on arbitrary inputs, node for node where it matters."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.config import ModelConfig
+
+BAR = 1e-5  # absolute, on random activations of order one; measured 3e-6
+
+
+@pytest.fixture(scope="module")
+def model(bundle_of) -> ModelConfig:
+    return Bundle.open(bundle_of()).manifest.model
+
+
+@pytest.fixture(scope="module")
+def sessions(bundle_of) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3  # unbound caches are copied, and ONNX Runtime says so for each
+    options.intra_op_num_threads = 1
+    return tuple(ort.InferenceSession(bundle_of() / name, options) for name in ("decoder.onnx", "decoder.ort.onnx"))
+
+
+def inputs(model: ModelConfig, lengths: list[int], seq: int, num_tiles: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """One step of `seq` tokens for rows with so many cached entries each."""
+    rng, text, batch = np.random.default_rng(seed), model.text, len(lengths)
+    shapes = {
+        **{f"past_{kind}_{layer}": 48 for layer in text.self_attention_layers for kind in ("key", "value")},
+        **{
+            f"cross_{kind}_{layer}": num_tiles * model.vision.num_patches
+            for layer in text.cross_attention_layers
+            for kind in ("key", "value")
+        },
+    }
+    caches = {
+        name: rng.standard_normal((batch, text.num_kv_heads, rows, text.head_dim), np.float32)
+        for name, rows in shapes.items()
+    }
+    return {
+        "input_ids": rng.integers(0, text.vocab_size, (batch, seq)),
+        "write_indices": np.array(lengths),
+        "kv_lengths": np.array(lengths) + seq,
+        "logits_indices": np.full(batch, seq - 1),
+        "cross_attention_mask": rng.random((batch, seq, num_tiles)) > 0.4,
+        "has_image": np.arange(batch) % 3 != 2,
+        **caches,
+    }
+
+
+@pytest.mark.parametrize(
+    ("lengths", "seq"), [([0], 9), ([7], 5), ([20], 1), ([13, 2, 30], 1), ([0, 0, 0], 4)], ids=str
+)
+def test_twin_equals_standard(sessions, model: ModelConfig, lengths: list[int], seq: int) -> None:
+    feeds = inputs(model, lengths, seq, 2)
+    standard, twin = (session.run(None, feeds) for session in sessions)
+    names = [output.name for output in sessions[0].get_outputs()]
+    assert names == [output.name for output in sessions[1].get_outputs()]
+    for name, expected, found in zip(names, standard, twin, strict=True):
+        for row, length in enumerate(lengths):  # behind the valid entries a cache may hold anything
+            valid = slice(None) if name == "logits" else (slice(None), slice(0, length + seq))
+            assert np.abs(expected[row][valid] - found[row][valid]).max() <= BAR, name
+
+
+def test_a_row_without_picture_takes_nothing_from_cross_attention(sessions, model: ModelConfig) -> None:
+    feeds = inputs(model, [4, 4], 1, 2)
+    feeds["has_image"] = np.array([True, False])
+    clean = [session.run(["logits"], feeds)[0] for session in sessions]
+    for name in feeds:
+        if name.startswith(("cross_key", "cross_value")):
+            feeds[name][1] = np.nan
+    for session, before in zip(sessions, clean, strict=True):
+        after = session.run(["logits"], feeds)[0]
+        assert np.array_equal(after, before)
+        assert np.isfinite(after).all()
+
+
+def test_a_masked_tile_changes_nothing(sessions, model: ModelConfig) -> None:
+    feeds = inputs(model, [4], 3, 2)
+    feeds["cross_attention_mask"][:] = [True, False]
+    clean = [session.run(["logits"], feeds)[0] for session in sessions]
+    for name in feeds:
+        if name.startswith(("cross_key", "cross_value")):
+            feeds[name][:, :, model.vision.num_patches :] *= 5
+    for session, before in zip(sessions, clean, strict=True):
+        assert np.array_equal(session.run(["logits"], feeds)[0], before)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_twins_operators(bundle_of, model: ModelConfig, precision: str) -> None:
+    def operators(name: str) -> Counter[str]:
+        graph = onnx.load(Path(bundle_of(precision)) / name, load_external_data=False).graph
+        return Counter(node.op_type for node in graph.node)
+
+    standard, twin = operators("decoder.onnx"), operators("decoder.ort.onnx")
+    num_self = len(model.text.self_attention_layers)
+    assert standard["Attention"] == model.text.num_layers
+    assert standard["TensorScatter"] == 2 * num_self
+    assert twin["GroupQueryAttention"] == num_self
+    assert twin["FusedMatMul"] == len(model.text.cross_attention_layers)
+    assert twin["Attention"] == twin["TensorScatter"] == 0
+    assert operators("vision.ort.onnx")["Attention"] == model.vision.num_layers + model.vision.num_global_layers
