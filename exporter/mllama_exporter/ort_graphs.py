@@ -1,12 +1,13 @@
 """ONNX Runtime's twin of a standard graph: same weights file, rewritten for that runtime's kernels.
 
-Three rewrites, each for a measured reason (design: the graphs):
+Four rewrites, each for a measured reason (design: the graphs):
 - a low-precision graph computes in float32 from its low-precision weights: ONNX Runtime's CPU provider has no bfloat16
   kernels, and inserts casts around most float16 ones;
 - scatter + self-attention becomes GroupQueryAttention over the same cache buffers: the standard operator computes over
   the whole cache axis whatever the lengths say;
 - cross-attention becomes two matrix products that fold a key/value head's query heads into the row axis: the standard
-  operator expands the key/value heads first.
+  operator expands the key/value heads first;
+- a cross-attention layer is run only if some row of the batch has a picture: text alone need not read its weights.
 
 GroupQueryAttention takes several new tokens on top of a past at batch 1 only, so prefill goes row by row.
 Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -32,6 +33,7 @@ def ort_graph_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model:
     if cached:
         _use_group_query_attention(model.graph, cached, config)
         _use_matrix_products(model.graph, [node for node in attentions if len(node.inputs) == 4], config)
+        _skip_without_pictures(model.graph, config)
         model.opset_imports[_CONTRIB] = 1
     return model
 
@@ -170,3 +172,68 @@ def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: Mod
         attended = build.add("Reshape", [build.add("MatMul", [weights, value]), unfolded])  # [B, H, S, D]
         _replace(attention.outputs[0], attended)
         graph.remove(attention, safe=True)
+
+
+def _skip_without_pictures(graph: ir.Graph, config: ModelConfig) -> None:
+    """Put every cross-attention layer into the branch of an If, whose other branch passes the residual through."""
+    if not config.text.cross_attention_layers:
+        return
+    has_image = next(value for value in graph.inputs if value.name == "has_image")
+    shared = _Builder(graph, graph[0], "has_image")
+    as_number = shared.add("Cast", [has_image], {"to": ir.DataType.INT32})
+    any_image = shared.add("ReduceMax", [as_number], {"keepdims": 0})
+    any_image = shared.add("Cast", [any_image], {"to": ir.DataType.BOOL})
+    for layer in config.text.cross_attention_layers:
+        prefix = f"language_model.model.layers.{layer}."
+        residual = _user(graph, f"{prefix}input_layernorm.weight", "RMSNormalization").inputs[0]
+        last = _user(graph, f"{prefix}mlp.down_proj.weight", "MatMul")
+        while last.op_type != "Add":  # gate, selection, residual
+            last = next(use.node for use in last.outputs[0].uses())
+        if residual is None:
+            raise RuntimeError(f"layer {layer} has no input")
+        nodes = _between(graph, residual, last)
+        order, result = list(graph), last.outputs[0]
+        before = order[order.index(last) + 1]
+        users = [(use.node, use.idx) for use in result.uses()]
+        graph.remove(nodes)
+        passed = ir.node("Identity", [residual], name=f"skip_{layer}")
+        passed.outputs[0].name = f"skip_{layer}_output"
+        choice = ir.node(
+            "If",
+            [any_image],
+            {
+                "then_branch": ir.Graph([], [result], nodes=nodes, name=f"layer_{layer}"),
+                "else_branch": ir.Graph([], passed.outputs, nodes=[passed], name=f"without_layer_{layer}"),
+            },
+            name=f"if_any_image_{layer}",
+        )
+        choice.outputs[0].name = f"layer_{layer}_output"
+        graph.insert_before(before, choice)
+        for node, index in users:
+            node.replace_input_with(index, choice.outputs[0])
+
+
+def _user(graph: ir.Graph, weight: str, op_type: str) -> ir.Node:
+    """The node of that type that a weight reaches, through a cast and a transpose if they are there."""
+    value = graph.initializers[weight]
+    while (node := next(use.node for use in value.uses())).op_type != op_type:
+        value = node.outputs[0]
+    return node
+
+
+def _between(graph: ir.Graph, start: ir.Value, end: ir.Node) -> list[ir.Node]:
+    """The nodes, in order, that depend on `start` and that `end` depends on; `end` included."""
+    needed, pending = set(), [end]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += [p for v in node.inputs if v is not None and v is not start and (p := v.producer())]
+    depends = {start}
+    nodes = []
+    for node in graph:
+        if any(value in depends for value in node.inputs):
+            depends.update(node.outputs)
+            if node in needed:
+                nodes.append(node)
+    return nodes

@@ -1,13 +1,17 @@
 """The mid-size model side by side with transformers, in one run: `make bench`.
 
 Both decode the same number of tokens from the same number of cached ones, in FP32 on the same number of threads, in
-turns, so that a busy machine slows both. What counts are the ratios; absolute times are of the moment.
+turns, so that a busy machine slows both. What counts are the ratios; absolute times are of the moment. "decode" and
+"prefill" drive the models' forward alone; "answer" compares `Engine.generate` with `model.generate`, a token of the
+answer at a time. A decode step of a batch of one reads every weight once, so its share of the memory bandwidth,
+measured in the same run, says how much is left to gain.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import tempfile
 import time
@@ -18,10 +22,13 @@ from statistics import median
 import numpy as np
 import torch
 import transformers
+from mllama_exporter.checkpoint import expected_tensors
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
+from mllama_runtime import Engine, Request, SamplingParams
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bench import DecodeCase, decode_step, sample_tiles
 from mllama_runtime.bundle import Bundle
+from mllama_runtime.config import ModelConfig
 from random_checkpoint import MIDSIZE, write_random_checkpoint
 from transformers import DynamicCache, MllamaForConditionalGeneration
 
@@ -66,6 +73,16 @@ class Theirs:
 
         return step
 
+    def answer(self, prompt: list[int], num_new: int) -> None:
+        self.model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=num_new,
+            min_new_tokens=num_new,
+            do_sample=False,
+            pad_token_id=0,
+        )
+
     def prefill(self, num_tokens: int) -> Step:
         tokens = torch.arange(num_tokens)[None]
 
@@ -99,6 +116,55 @@ def in_turns(ours: Step, theirs: Step, rounds: int, steps: int) -> dict[str, flo
     }
 
 
+def answers(engine: Engine, theirs: Theirs, rounds: int, num_prompt: int = 128, num_new: int = 32) -> dict[str, float]:
+    """Milliseconds a token of the answer: what num_new more tokens cost beyond the first."""
+    text = " a" * num_prompt
+    prompt = list(engine.prompt(Request(text, raw=True)).token_ids)
+
+    def ours(count: int) -> None:
+        engine.generate(text, raw=True, sampling=SamplingParams(max_new_tokens=count, min_new_tokens=count))
+
+    def seconds(work: Callable[[int], None]) -> float:
+        spans = []
+        for count in (1, 1 + num_new):
+            start = time.perf_counter()
+            work(count)
+            spans.append(time.perf_counter() - start)
+        return (spans[1] - spans[0]) / num_new
+
+    pairs = [(seconds(ours), seconds(lambda count: theirs.answer(prompt, count))) for _ in range(rounds)]
+    return {
+        "ours_ms": median(pair[0] for pair in pairs) * 1e3,
+        "theirs_ms": median(pair[1] for pair in pairs) * 1e3,
+        "ratio": median(pair[1] / pair[0] for pair in pairs),
+    }
+
+
+def bandwidth(threads: int) -> float:
+    """Bytes a second that `threads` threads read from memory, the best of several sums over 512 MiB."""
+    array = torch.ones(2**27)
+    torch.set_num_threads(threads)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        array.sum()
+        times.append(time.perf_counter() - start)
+    return array.nbytes / min(times)
+
+
+def decode_bytes(config: ModelConfig, *, has_image: bool) -> int:
+    """Bytes of weights that one FP32 decode step reads: not the embedding table, and cross layers for pictures alone."""
+    unread = ["embed_tokens", "cross_attn.k_", "cross_attn.v_"]
+    if not has_image:
+        unread += [f"layers.{layer}." for layer in config.text.cross_attention_layers]
+    read = {
+        name: shape
+        for name, shape in expected_tensors(config).items()
+        if name.startswith("language_model.") and not any(part in name for part in unread)
+    }
+    return 4 * sum(map(math.prod, read.values()))
+
+
 def measure(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> list[dict[str, object]]:
     torch.set_num_threads(threads)
     theirs, rows = Theirs(checkpoint), []
@@ -124,6 +190,8 @@ def measure(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> list[d
                 slots.prefill(0, ids, 0, nothing, (), with_padding_tiles=False)
 
             rows.append({"what": f"prefill, {num_tokens} tokens", **in_turns(ours, theirs.prefill(num_tokens), rounds, 2)})
+    with Engine.load(bundle, num_threads=threads, verify="quick") as engine:
+        rows.append({"what": "answer, 32 tokens after 128, text", **answers(engine, theirs, rounds)})
     return rows
 
 
@@ -142,16 +210,24 @@ def main() -> None:
         if not bundle.exists():
             bundle_from_checkpoint(checkpoint, bundle, ExportOptions())
         rows = measure(checkpoint, bundle, arguments.threads, arguments.rounds)
+    rate = bandwidth(arguments.threads)
+    for row in rows:
+        if row["what"].startswith(("decode", "answer")):
+            size = decode_bytes(MIDSIZE, has_image="tiles" in row["what"])
+            row["bandwidth_share"] = size / (row["ours_ms"] / 1e3) / rate
     if arguments.json:
-        print(json.dumps({"threads": arguments.threads, "measured": rows}))
+        print(json.dumps({"threads": arguments.threads, "bytes_per_second": rate, "measured": rows}))
         return
     print(
         f"FP32, {arguments.threads} threads, {platform.machine()}, transformers {transformers.__version__}, "
         f"torch {torch.__version__}\n"
     )
-    print("| what | ours, ms | transformers, ms | transformers / ours |\n|---|---|---|---|")
+    sizes = [decode_bytes(MIDSIZE, has_image=has_image) / 1e9 for has_image in (False, True)]
+    print(f"memory read at {rate / 1e9:.1f} GB/s; a decode step reads {sizes[0]:.2f} GB of weights, {sizes[1]:.2f} GB with pictures\n")
+    print("| what | ours, ms | transformers, ms | transformers / ours | our share of the bandwidth |\n|---|---|---|---|---|")
     for row in rows:
-        print(f"| {row['what']} | {row['ours_ms']:.1f} | {row['theirs_ms']:.1f} | {row['ratio']:.2f} |")
+        share = f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else ""
+        print(f"| {row['what']} | {row['ours_ms']:.1f} | {row['theirs_ms']:.1f} | {row['ratio']:.2f} | {share} |")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +86,7 @@ class _Session:
             raise UsageError("names no picture", where="/image", expected="/image PATH")
         if len(path) > 1 and path[0] == path[-1] and path[0] in "'\"":  # as terminals write a file dropped on them
             path = path[1:-1]
-        image = self.engine.encode_image(Path(path).expanduser())
+        image = self.engine.encode_image(os.path.expanduser(path))  # noqa: PTH111 - Path's raises for an unknown ~user
         self.images.append(image)
         tiles = "1 tile" if image.num_tiles == 1 else f"{image.num_tiles} tiles"
         _tell(f"attached {path} ({tiles}); what about it?")
@@ -116,10 +117,8 @@ class _Session:
             _tell("stopped")
         elif answer.finish_reason == "length":
             is_asked = answer.usage.completion_tokens == self.sampling.max_new_tokens
-            hint = (
-                "see --max-new-tokens" if is_asked else "the conversation fills the model's context, /reset empties it"
-            )
-            _tell(f"cut off after {answer.usage.completion_tokens} tokens: {hint}")
+            why = "see --max-new-tokens" if is_asked else "the model's context is full, /reset empties it"
+            _tell(f"cut off after {answer.usage.completion_tokens} tokens: {why}")
 
 
 def _converse(session: _Session) -> None:
@@ -127,8 +126,8 @@ def _converse(session: _Session) -> None:
     if is_interactive:
         _edit_lines()
         _tell(f"{session.engine.bundle.manifest.name}: type a message, or /help")
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused as a message of its own
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused as a message, no more
     is_open = True
     while is_open:
         try:

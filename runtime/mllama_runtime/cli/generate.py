@@ -75,18 +75,20 @@ def command(
         "raw": raw,
         "sampling": replace(sampling, logprobs=logprobs),
     }
+    is_streamed = not as_json and (sys.stdout.isatty() if stream is None else stream)
     with open_engine(bundle, **engine_arguments) as engine, engine.stream(**request) as answer:
-        if stream or (stream is None and sys.stdout.isatty() and not as_json):
+        if is_streamed:
             write_answer(answer)
         else:
             for _ in answer:
                 pass
-            if not as_json:
-                echo_text(answer.generation().text + "\n")
         generation = answer.generation()
     if as_json:
         click.echo(json.dumps(_json(generation)))
-    elif sys.stderr.isatty():
+        return
+    if not is_streamed:
+        echo_text(f"{generation.text}\n")
+    if sys.stderr.isatty():
         for line in (*generation.notices, _summary(generation)):
             click.echo(f"mllama: {printable(line)}", err=True)
 

@@ -1,0 +1,212 @@
+"""`mllama chat`: the conversation that is kept, the commands, turns that fail, and how it feels on a terminal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mllama_runtime.cli.chat as chat_module
+import pytest
+from click.testing import CliRunner, Result
+from mllama_runtime import Engine, SamplingParams
+from mllama_runtime.backends.ort import OrtBackend, OrtFeatures
+from mllama_runtime.cli import main
+from mllama_runtime.preprocessing import ImageTiles
+from PIL import Image
+
+from ._terminal import Terminal
+
+SAMPLING = SamplingParams(max_new_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_of: Callable[..., Path]) -> Path:
+    return bundle_of()
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "rotes Bild.png"
+    Image.new("RGB", (120, 50), "red").save(path)
+    return path
+
+
+def talk(bundle: Path, *lines: str | bytes, options: tuple[str, ...] = ("--max-new-tokens", "5")) -> Result:
+    """A session whose stdin is these lines; it must end well."""
+    stdin = b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines)
+    args = ["chat", str(bundle), "--threads", "1", "--verify", "quick", *options]
+    result = CliRunner().invoke(main, args, input=stdin)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def answers(engine: Engine, *turns: list[dict[str, Any]], **options: Any) -> str:
+    """What stdout must hold: the engine's answer to each message, given those before it."""
+    messages: list[dict[str, Any]] = []
+    texts = []
+    for content in turns:
+        messages.append({"role": "user", "content": content})
+        texts.append(engine.generate(messages, sampling=SAMPLING, **options).text)
+        messages.append({"role": "assistant", "content": texts[-1]})
+    return "".join(f"{text}\n" for text in texts)
+
+
+def text(words: str) -> dict[str, str]:
+    return {"type": "text", "text": words}
+
+
+def image(path: Path) -> dict[str, str]:
+    return {"type": "image", "image": str(path)}
+
+
+def test_the_history_is_kept(bundle: Path, engine: Engine) -> None:
+    result = talk(bundle, "What is a circle?", "", "  ", " /image is a word here", "And a square?")
+    turns = ([text("What is a circle?")], [text(" /image is a word here")], [text("And a square?")])
+    assert result.stdout == answers(engine, *turns)
+
+
+def test_a_picture_is_encoded_once(
+    bundle: Path, engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = answers(engine, [image(picture), text("What is this?")], [text("What colour?")])
+    encode, calls = OrtBackend.encode, []
+
+    def counted(self: OrtBackend, tiles: ImageTiles) -> OrtFeatures:
+        calls.append(tiles)
+        return encode(self, tiles)
+
+    monkeypatch.setattr(OrtBackend, "encode", counted)
+    result = talk(bundle, f"/image '{picture}'", "What is this?", "What colour?")
+    assert result.stdout == expected
+    assert len(calls) == 1
+    assert result.stderr.startswith(f"attached {picture} (")
+
+
+def test_pictures_keep_their_order(bundle: Path, engine: Engine, picture: Path, tmp_path: Path) -> None:
+    other = tmp_path / "blue.png"
+    Image.new("RGB", (40, 90), "blue").save(other)
+    result = talk(bundle, f"/image {other}", f"/image {picture}", "Which is red?")
+    assert result.stdout == answers(engine, [image(other), image(picture), text("Which is red?")])
+
+
+def test_system_and_reset(bundle: Path, engine: Engine, picture: Path) -> None:
+    lines = ["/system Be brief.", "What is a circle?", f"/image {picture}", "/reset", "And a square?", "/system", "Hi"]
+    result = talk(bundle, *lines)
+    brief = {"system": "Be brief."}
+    first = answers(engine, [text("What is a circle?")], **brief)
+    second = answers(engine, [text("And a square?")], **brief)
+    assert result.stdout.startswith(first + second)
+    without = answers(engine, [text("And a square?")], [text("Hi")])
+    assert result.stdout != first + second
+    assert len(result.stdout) > len(first + second)
+    assert "system message set\n" in result.stderr
+    assert "new conversation\n" in result.stderr
+    assert "system message removed\n" in result.stderr
+    assert without
+
+
+def test_failed_turns_leave_no_trace(bundle: Path, engine: Engine, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_text("no picture")
+    too_long = "many words " * (engine.model.text.max_seq_len // 2)
+    lines = ["Hi", f"/image {tmp_path / 'text.png'}", "/image", "/image ~nobody/x", "/dance", too_long, b"\xff", "Bye"]
+    result = talk(bundle, *lines)
+    assert result.stdout == answers(engine, [text("Hi")], [text("Bye")])
+    errors = [line for line in result.stderr.splitlines() if line.startswith("mllama: error: ")]
+    for line, expected in zip(
+        errors,
+        (
+            "text.png: not a picture",
+            "/image: names no picture",
+            "~nobody/x: cannot be read",
+            "/dance: no such command; see /help",
+            "prompt: the prompt is too long",
+            "the message: holds half of a surrogate pair",
+        ),
+        strict=True,
+    ):
+        assert expected in line
+
+
+def test_a_turn_that_breaks_off_is_dropped_with_its_picture(
+    bundle: Path, engine: Engine, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test double: the first answer fails at its first token."""
+    from mllama_runtime.errors import GateError
+
+    expected = answers(engine, [text("Hi")])
+    write, calls = chat_module.write_answer, []
+
+    def fails(stream: Any) -> None:
+        calls.append(stream)
+        if len(calls) == 1:
+            raise GateError("the model computed logits that cannot be sampled")
+        write(stream)
+
+    monkeypatch.setattr(chat_module, "write_answer", fails)
+    assert talk(bundle, f"/image {picture}", "What is this?", "Hi").stdout == expected
+
+
+def test_special_tokens_are_text(bundle: Path, engine: Engine) -> None:
+    words = "<|image|>What does <|eot_id|> mean?"
+    assert talk(bundle, words).stdout == answers(engine, [text(words)])
+
+
+def test_quit_help_and_the_end(bundle: Path) -> None:
+    result = talk(bundle, "/help", "/quit", "Hi")
+    assert result.stdout == ""
+    for command in ("/image PATH", "/system TEXT", "/reset", "/help", "/quit"):
+        assert command in result.stderr
+        assert command in CliRunner().invoke(main, ["chat", "--help"]).stdout
+
+
+def test_a_cut_answer_is_remarked(bundle: Path, engine: Engine) -> None:
+    options = ("--max-new-tokens", "3", "--min-new-tokens", "3")
+    assert talk(bundle, "Hi", options=options).stderr == "cut off after 3 tokens: see --max-new-tokens\n"
+
+
+def test_a_bundle_without_template(bundle: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bundle, base)
+    manifest = json.loads((base / "manifest.json").read_text())
+    del manifest["files"]["chat_template.jinja"]
+    (base / "chat_template.jinja").unlink()
+    (base / "manifest.json").write_text(json.dumps(manifest))
+    result = CliRunner().invoke(main, ["chat", str(base)], input="Hi\n")
+    assert result.exit_code == 3
+    assert "has no chat template" in result.stderr
+
+
+def test_a_bundle_that_is_absent(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["chat", str(tmp_path / "absent")])
+    assert result.exit_code == 3
+    assert result.stderr.endswith("absent: no such folder\n")
+
+
+def test_on_a_terminal(bundle: Path, engine: Engine) -> None:
+    """Ctrl-C stops an answer that would last for hours, and leaves at the prompt."""
+    (token_id,) = engine.tokenizer.encode("s", special=False)
+    args = ("chat", bundle, "--logit-bias", f"{token_id}=100", "--max-new-tokens", 10**9, "--verify", "quick")
+    with Terminal(*args) as terminal:
+        assert terminal.until("> ").endswith("type a message, or /help\n> ")
+        terminal.send("Hi\n")
+        terminal.until("sss")
+        terminal.send("\x03")
+        assert terminal.until("> ").endswith("\nstopped\n> ")
+        terminal.send("Again\n")
+        terminal.until("sss")
+        terminal.send("\x03")
+        terminal.until("> ")
+        terminal.send("\x03")
+        output, code = terminal.end()
+    assert code == 130
+    assert output.endswith("\nmllama: interrupted\n")
+
+
+def test_ctrl_d_leaves_a_terminal(bundle: Path) -> None:
+    with Terminal("chat", bundle, "--verify", "quick") as terminal:
+        terminal.until("> ")
+        terminal.send("\x04")
+        assert terminal.end() == ("\n", 0)
