@@ -222,17 +222,19 @@ class Engine:
         return prompt_from_text(request.prompt, request.images, tokenizer=self.tokenizer)
 
     def _stream(self, requests: Sequence[Request]) -> Stream:
+        self._require_open()
+        return Stream(self, requests, self._backend)
+
+    def _require_open(self) -> None:
         if not self._is_open:
             raise UsageError("the engine is not open", hint="use it as `with Engine.load(...) as engine:`")
-        return Stream(self, requests, self._backend)
 
     def _encode(self, image: object, clock: _Clock) -> EncodedImage:
         if isinstance(image, EncodedImage):
             if image.engine is not self:
                 raise RequestError("was encoded by another engine", where="images", hint="encode it with this one")
             return image
-        if not self._is_open:
-            raise UsageError("the engine is not open", hint="use it as `with Engine.load(...) as engine:`")
+        self._require_open()
         start = time.perf_counter()
         tiles = preprocess(load_image(image, max_pixels=DEFAULT_MAX_PIXELS), self._preprocessor)  # type: ignore[arg-type]
         encoding = time.perf_counter()
@@ -241,29 +243,29 @@ class Engine:
         clock.vision_seconds += time.perf_counter() - encoding
         return EncodedImage(features.key, features.num_tiles, features, self)
 
-    def _row(self, index: int, request: Request, prompt: Prompt, images: Sequence[EncodedImage]) -> Row:
-        sampling, limit = request.sampling, self.model.text.max_seq_len
-        room = limit - len(prompt.token_ids)
-        if room < 1:
+    def _room(self, prompt: Prompt) -> int:
+        """Tokens that the context has room for after the prompt."""
+        limit, num_tokens = self.model.text.max_seq_len, len(prompt.token_ids)
+        if num_tokens >= limit:
             raise RequestError(
                 "the prompt is too long",
                 where="prompt",
                 expected=f"at most {limit - 1} tokens, so that one more fits the context of {limit}",
-                found=f"{len(prompt.token_ids)} tokens",
+                found=f"{num_tokens} tokens",
                 hint="shorten it",
             )
-        sampler = Sampler(
-            sampling, self.model.text.vocab_size, prompt.token_ids, self._generation.eos_token_ids, row=index
-        )
+        return limit - num_tokens
+
+    def _row(self, index: int, request: Request, prompt: Prompt, images: Sequence[EncodedImage]) -> Row:
+        sampling, vocab_size = request.sampling, self.model.text.vocab_size
+        num_tiles = [image.num_tiles for image in images]
         return Row(
             token_ids=np.array(prompt.token_ids, np.int64),
-            visibility=image_visibility(
-                prompt.token_ids, self.model.image_token_id, [image.num_tiles for image in images]
-            ),
+            visibility=image_visibility(prompt.token_ids, self.model.image_token_id, num_tiles),
             features=[image.features for image in images],
-            sampler=sampler,
+            sampler=Sampler(sampling, vocab_size, prompt.token_ids, self._generation.eos_token_ids, row=index),
             text=TextStream(self.tokenizer.backend, sampling.stop),
-            max_new_tokens=min(sampling.max_new_tokens, room),
+            max_new_tokens=min(sampling.max_new_tokens, self._room(prompt)),
         )
 
 
@@ -282,6 +284,8 @@ class Stream:
     def __init__(self, engine: Engine, requests: Sequence[Request], backend: Backend) -> None:
         self._engine, self._requests = engine, requests
         self._prompts = [engine.prompt(request) for request in requests]
+        for prompt in self._prompts:
+            engine._room(prompt)  # before any picture is encoded
         self._clocks = [_Clock() for _ in requests]
         images = [
             [engine._encode(image, clock) for image in prompt.images]
@@ -303,6 +307,7 @@ class Stream:
         return self
 
     def __next__(self) -> TokenEvent:
+        self._engine._require_open()
         event = next(self._events)
         if event.logprob is not None:
             self._logprobs[event.row].append((event.logprob, event.top_logprobs))

@@ -181,7 +181,7 @@ def test_an_engine_outside_its_block_is_refused(bundle_of) -> None:
     engine.close()
     with pytest.raises(UsageError, match="not open"):
         engine.encode_image(picture(0))
-    with pytest.raises(UsageError, match="closed"):
+    with pytest.raises(UsageError, match="not open"):
         next(stream)
 
 
