@@ -26,7 +26,7 @@ def miniature() -> Path:
 
 @pytest.fixture(scope="session")
 def bundle_of(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> BundleOf:
-    """`bundle_of(precision, mask_semantics)`: a bundle of the miniature, shared by the whole run; copy it to damage it."""
+    """`bundle_of(precision, mask_semantics)`: the miniature's bundle, shared by the run; copy it to damage it."""
     root = tmp_path_factory.getbasetemp()
     shared = root if worker_id == "master" else root.parent
 

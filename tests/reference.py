@@ -55,7 +55,8 @@ class Reference:
             inputs["pixel_values"] = torch.tensor(np.stack([tiles.pixel_values for tiles in images]))[None]
             inputs["aspect_ratio_ids"] = torch.tensor([[tiles.aspect_ratio_id for tiles in images]])
             inputs["aspect_ratio_mask"] = torch.tensor(np.stack([tiles.aspect_ratio_mask for tiles in images]))[None]
-            inputs["cross_attention_mask"] = torch.tensor(mask.reshape(1, len(token_ids), len(images), -1).astype(np.int64))
+            by_image = mask.reshape(1, len(token_ids), len(images), -1)
+            inputs["cross_attention_mask"] = torch.tensor(by_image.astype(np.int64))
         return inputs
 
     @torch.no_grad()

@@ -38,10 +38,8 @@ def vision_graph_from_config(config: ModelConfig, dtype: torch.dtype) -> ir.Mode
         "aspect_ratio_mask": ("images", vision.max_num_tiles),
     }
     rows = vision.max_num_tiles * vision.num_patches
-    outputs: dict[str, Shape] = {
-        name: ("images", text.num_kv_heads, rows, text.head_dim)
-        for name in _key_value_names("cross", text.cross_attention_layers)
-    }
+    key_value: Shape = ("images", text.num_kv_heads, rows, text.head_dim)
+    outputs = dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), key_value)
     images = Dim("images")
     with _fake_weights(dtype):
         module = VisionEncoder(config)
@@ -67,10 +65,10 @@ def decoder_graph_from_config(config: ModelConfig, dtype: torch.dtype, mask_sema
         "cross_attention_mask": ("batch", "seq", "num_tiles"),
         "has_image": ("batch",),
     }
-    inputs |= {name: cache for name in _key_value_names("past", text.self_attention_layers)}
-    inputs |= {name: cross for name in _key_value_names("cross", text.cross_attention_layers)}
+    inputs |= dict.fromkeys(_key_value_names("past", text.self_attention_layers), cache)
+    inputs |= dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), cross)
     outputs: dict[str, Shape] = {"logits": ("batch", text.vocab_size)}
-    outputs |= {name: cache for name in _key_value_names("present", text.self_attention_layers)}
+    outputs |= dict.fromkeys(_key_value_names("present", text.self_attention_layers), cache)
 
     batch, seq, cache_len, num_tiles = Dim("batch"), Dim("seq"), Dim("cache_len"), Dim("num_tiles")
     num_past, num_cross = 2 * len(text.self_attention_layers), 2 * len(text.cross_attention_layers)
@@ -176,7 +174,7 @@ def _finished(
     outputs: Mapping[str, Shape],
     constants: Mapping[str, np.ndarray],
 ) -> ir.Model:
-    """Give inputs and outputs their public names and shapes, and drop what tracing left behind (paths, inferred shapes).
+    """Give inputs and outputs their public names and shapes, and drop what tracing left behind (paths, shapes).
 
     What remains depends on the configuration alone, so the same export gives the same bytes.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,7 @@ MLLAMA = Path(sys.executable).with_name("mllama")
 def mllama(*arguments: str | Path, quiet: bool = False) -> str:
     """Run one command as shown; its answer is returned, and printed unless quiet."""
     shown = [str(Path(a).relative_to(ROOT)) if str(a).startswith(str(ROOT)) else str(a) for a in arguments]
-    print("\n$ mllama " + " ".join(f'"{word}"' if " " in word else word for word in shown if word != "--json"), flush=True)
+    print("\n$ " + shlex.join(["mllama", *(word for word in shown if word != "--json")]), flush=True)
     result = subprocess.run([MLLAMA, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=False)
     if not quiet:
         print(result.stdout, end="", flush=True)

@@ -38,19 +38,17 @@ def prefill_seconds(backend: Backend, model: ModelConfig, num_tokens: int, *, re
     slots = backend.slots(num_slots=1, cache_len=num_tokens, num_tiles=0)
     token_ids = np.arange(num_tokens) % model.text.vocab_size
     visibility = np.zeros((num_tokens, 0), np.bool_)
-    return _median_seconds(
-        lambda: slots.prefill(0, token_ids, 0, visibility, (), with_padding_tiles=False), repeats
-    )
+    return _median_seconds(lambda: slots.prefill(0, token_ids, 0, visibility, (), with_padding_tiles=False), repeats)
 
 
-def decode_step(backend: Backend, model: ModelConfig, case: DecodeCase) -> Callable[[], object]:
+def decode_step(backend: Backend, case: DecodeCase) -> Callable[[], object]:
     """A function that decodes one token a row; calling it again decodes the next one, until the cache is full."""
     num_tiles = sum(feature.num_tiles for feature in case.features)
     slots = backend.slots(num_slots=case.batch, cache_len=case.cache_len, num_tiles=num_tiles)
     token_ids = np.zeros(case.batch, np.int64)
-    for slot in range(case.batch):
-        # One token at the last cached position stands for the whole prompt: what is cached does not change the time.
-        slots.prefill(slot, token_ids[:1], 0, np.ones((1, num_tiles), np.bool_), case.features, with_padding_tiles=False)
+    sees_all = np.ones((1, num_tiles), np.bool_)
+    for slot in range(case.batch):  # one token stands for the whole prompt: what is cached does not change the time
+        slots.prefill(slot, token_ids[:1], 0, sees_all, case.features, with_padding_tiles=False)
     positions = np.full(case.batch, case.num_cached, np.int64)
 
     def step() -> None:
@@ -60,9 +58,9 @@ def decode_step(backend: Backend, model: ModelConfig, case: DecodeCase) -> Calla
     return step
 
 
-def decode_seconds(backend: Backend, model: ModelConfig, case: DecodeCase, *, steps: int = 32) -> float:
+def decode_seconds(backend: Backend, case: DecodeCase, *, steps: int = 32) -> float:
     """Seconds of one decode step, which gives `case.batch` tokens."""
-    return _median_seconds(decode_step(backend, model, case), steps)
+    return _median_seconds(decode_step(backend, case), steps)
 
 
 def sample_tiles(model: ModelConfig, num_tiles: int | None = None) -> ImageTiles:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -100,7 +101,7 @@ def prefill(slots: Slots, slot: int, row: Row, mask_semantics: MaskSemantics) ->
     num_tokens, sees_any = len(row.token_ids), row.visibility.any(axis=1)
     num_before = int(sees_any.argmax()) if row.features and mask_semantics == "hf" else 0
     edges = [*range(0, num_before, PREFILL_CHUNK), *range(num_before, num_tokens, PREFILL_CHUNK), num_tokens]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges):
         logits = slots.prefill(
             slot,
             row.token_ids[start:stop],

@@ -1,7 +1,7 @@
 """The production entrance: a bundle and requests in, text out.
 
-    with Engine.load("bundle") as engine:
-        print(engine.generate("What is this?", images=["photo.jpg"]).text)
+with Engine.load("bundle") as engine:
+    print(engine.generate("What is this?", images=["photo.jpg"]).text)
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def bandwidth(threads: int) -> float:
 
 
 def decode_bytes(config: ModelConfig, *, has_image: bool) -> int:
-    """Bytes of weights that one FP32 decode step reads: not the embedding table, and cross layers for pictures alone."""
+    """Bytes of weights one FP32 decode step reads: not the embedding table; cross layers only for pictures."""
     unread = ["embed_tokens", "cross_attn.k_", "cross_attn.v_"]
     if not has_image:
         unread += [f"layers.{layer}." for layer in config.text.cross_attention_layers]
@@ -163,6 +163,12 @@ def decode_bytes(config: ModelConfig, *, has_image: bool) -> int:
         if name.startswith("language_model.") and not any(part in name for part in unread)
     }
     return 4 * sum(map(math.prod, read.values()))
+
+
+def prefill_step(backend: OrtBackend, num_tokens: int) -> Step:
+    slots = backend.slots(num_slots=1, cache_len=num_tokens, num_tiles=0)
+    nothing, token_ids = np.zeros((num_tokens, 0), np.bool_), np.arange(num_tokens)
+    return lambda: slots.prefill(0, token_ids, 0, nothing, (), with_padding_tiles=False)
 
 
 def measure(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> list[dict[str, object]]:
@@ -178,18 +184,13 @@ def measure(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> list[d
             (8000, 8192, 0),
         ):
             features = [backend.encode(sample_tiles(MIDSIZE, num_tiles))] if num_tiles else []
-            ours = decode_step(backend, MIDSIZE, DecodeCase(1, num_cached, cache_len, features))
+            ours = decode_step(backend, DecodeCase(1, num_cached, cache_len, features))
             found = in_turns(ours, theirs.decode_step(num_cached, num_tiles, num_patches), rounds, 8)
             picture = f"{num_tiles} tiles" if num_tiles else "text"
             rows.append({"what": f"decode, {num_cached} cached of {cache_len}, {picture}", **found})
         for num_tokens in (64, 256):
-            slots = backend.slots(num_slots=1, cache_len=num_tokens, num_tiles=0)
-            nothing = np.zeros((num_tokens, 0), np.bool_)
-
-            def ours(slots=slots, nothing=nothing, ids=np.arange(num_tokens)) -> None:
-                slots.prefill(0, ids, 0, nothing, (), with_padding_tiles=False)
-
-            rows.append({"what": f"prefill, {num_tokens} tokens", **in_turns(ours, theirs.prefill(num_tokens), rounds, 2)})
+            found = in_turns(prefill_step(backend, num_tokens), theirs.prefill(num_tokens), rounds, 2)
+            rows.append({"what": f"prefill, {num_tokens} tokens", **found})
     with Engine.load(bundle, num_threads=threads, verify="quick") as engine:
         rows.append({"what": "answer, 32 tokens after 128, text", **answers(engine, theirs, rounds)})
     return rows
@@ -223,8 +224,12 @@ def main() -> None:
         f"torch {torch.__version__}\n"
     )
     sizes = [decode_bytes(MIDSIZE, has_image=has_image) / 1e9 for has_image in (False, True)]
-    print(f"memory read at {rate / 1e9:.1f} GB/s; a decode step reads {sizes[0]:.2f} GB of weights, {sizes[1]:.2f} GB with pictures\n")
-    print("| what | ours, ms | transformers, ms | transformers / ours | our share of the bandwidth |\n|---|---|---|---|---|")
+    print(
+        f"memory read at {rate / 1e9:.1f} GB/s; a decode step reads {sizes[0]:.2f} GB of weights, "
+        f"{sizes[1]:.2f} GB with pictures\n"
+    )
+    print("| what | ours, ms | transformers, ms | transformers / ours | our share of the bandwidth |")
+    print("|---|---|---|---|---|")
     for row in rows:
         share = f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else ""
         print(f"| {row['what']} | {row['ours_ms']:.1f} | {row['theirs_ms']:.1f} | {row['ratio']:.2f} | {share} |")

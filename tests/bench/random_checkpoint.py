@@ -193,6 +193,4 @@ if __name__ == "__main__":
     parser.add_argument("--layers", type=int, help="keep only so many decoder layers")
     arguments = parser.parse_args()
     chosen = SIZES[arguments.size]
-    write_random_checkpoint(
-        arguments.folder, with_layers(chosen, arguments.layers) if arguments.layers else chosen
-    )
+    write_random_checkpoint(arguments.folder, with_layers(chosen, arguments.layers) if arguments.layers else chosen)

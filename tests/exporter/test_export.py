@@ -77,7 +77,8 @@ def test_graphs_are_standard_onnx_over_one_weights_file(bundle_of, precision: st
         assert "/" not in "".join(node.name + node.doc_string for node in model.graph.node)
     specs = Bundle.open(bundle).manifest.graphs
     width = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}[precision]
-    caches = {spec.dtype for spec in specs["decoder"].inputs if spec.name.startswith(("past_", "cross_key", "cross_val"))}
+    prefixes = ("past_", "cross_key", "cross_value")
+    caches = {spec.dtype for spec in specs["decoder"].inputs if spec.name.startswith(prefixes)}
     assert caches == {width}
     assert specs["decoder"].outputs[0].dtype == "float32"
     assert {spec.dtype for spec in specs["decoder_ort"].inputs if spec.name.startswith("past_")} == {"float32"}

@@ -1,4 +1,4 @@
-"""Our graphs against transformers' own ONNX export of the same checkpoint (its `exporters` package), both in ONNX Runtime."""
+"""Our graphs against transformers' own ONNX export of the same checkpoint (its `exporters` package)."""
 
 from __future__ import annotations
 

@@ -124,9 +124,7 @@ def test_meta_semantics(case: Case, standard: bool, bundle_of, meta: MetaDecoder
     ids = token_ids(case, model.image_token_id)
     mask = padded_mask(image_visibility(ids, model.image_token_id, [i.num_tiles for i in images]), images)
     step = reference.step(ids, images, mask)  # the vision half is the same in both semantics
-    cross = {
-        name: torch.tensor(array).double().movedim(1, 0).flatten(1, -2) for name, array in step.cross.items()
-    }
+    cross = {name: torch.tensor(array).double().movedim(1, 0).flatten(1, -2) for name, array in step.cross.items()}
     sees = torch.tensor(mask).repeat_interleave(model.vision.num_patches, dim=1)
     expected, caches = meta.logits(ids, cross, sees)
     assert caches.keys() == cached.keys()

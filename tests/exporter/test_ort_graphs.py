@@ -54,9 +54,7 @@ def inputs(model: ModelConfig, lengths: list[int], seq: int, num_tiles: int, *, 
     }
 
 
-@pytest.mark.parametrize(
-    ("lengths", "seq"), [([0], 9), ([7], 5), ([20], 1), ([13, 2, 30], 1), ([0, 0, 0], 4)], ids=str
-)
+@pytest.mark.parametrize(("lengths", "seq"), [([0], 9), ([7], 5), ([20], 1), ([13, 2, 30], 1), ([0, 0, 0], 4)], ids=str)
 def test_twin_equals_standard(sessions, model: ModelConfig, lengths: list[int], seq: int) -> None:
     feeds = inputs(model, lengths, seq, 2)
     standard, twin = (session.run(None, feeds) for session in sessions)

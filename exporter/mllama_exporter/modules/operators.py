@@ -8,15 +8,17 @@ Dimensions: B batch, S new tokens, H query heads, G key/value heads, C cache len
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
+
+Attributes = dict[str, int | float | str | bool | Sequence[int] | Sequence[float] | Sequence[str] | Sequence[bool]]
 
 _FLOAT = 1  # TensorProto.FLOAT: normalisation accumulates in float32 whatever the graph's precision
 
 
-def _node(
-    name: str, inputs: list[Tensor | None], attrs: dict[str, int | float], *, like: Tensor, version: int
-) -> Tensor:
+def _node(name: str, inputs: list[Tensor | None], attrs: Attributes, *, like: Tensor, version: int) -> Tensor:
     return torch.onnx.ops.symbolic(name, inputs, attrs, dtype=like.dtype, shape=like.shape, version=version)
 
 
@@ -29,7 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        attrs: dict[str, int | float] = {"axis": -1, "epsilon": self.eps, "stash_type": _FLOAT}
+        attrs: Attributes = {"axis": -1, "epsilon": self.eps, "stash_type": _FLOAT}
         return _node("RMSNormalization", [x, self.weight], attrs, like=x, version=23)
 
 
@@ -50,11 +52,11 @@ def cached_attention(query: Tensor, key: Tensor, value: Tensor, kv_lengths: Tens
 
     The causal frontier is aligned to the bottom right: the last new token sits at position kv_lengths - 1.
     """
-    attrs: dict[str, int | float] = {"is_causal": 1, "scale": query.shape[-1] ** -0.5}
+    attrs: Attributes = {"is_causal": 1, "scale": query.shape[-1] ** -0.5}
     return _node("Attention", [query, key, value, None, None, None, kv_lengths], attrs, like=query, version=24)
 
 
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """Attention of query [B, H, S, D] over key, value [B, G, R, D] where the boolean mask [B, 1, S, R] is true."""
-    attrs: dict[str, int | float] = {"scale": query.shape[-1] ** -0.5}
+    attrs: Attributes = {"scale": query.shape[-1] ** -0.5}
     return _node("Attention", [query, key, value, mask], attrs, like=query, version=24)

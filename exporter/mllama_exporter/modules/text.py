@@ -158,6 +158,8 @@ class LanguageModel(nn.Module):
 class Decoder(nn.Module):
     """`decoder.onnx`: one step of any length for every row of the batch."""
 
+    inv_freq: Tensor
+
     def __init__(self, config: ModelConfig, mask_semantics: MaskSemantics) -> None:
         super().__init__()
         self.config, self.mask_semantics = config, mask_semantics

@@ -30,7 +30,8 @@ class AspectRatioEmbedding(nn.Module):
         self.gate = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
-        return x + self.embedding(aspect_ratio_ids).reshape(self.shape) * self.gate.tanh()  # [I, T, rows, V]
+        embedding: Tensor = self.embedding(aspect_ratio_ids)
+        return x + embedding.reshape(self.shape) * self.gate.tanh()  # [I, T, rows, V]
 
 
 class PositionEmbedding(nn.Module):
@@ -47,7 +48,8 @@ class PositionEmbedding(nn.Module):
     def forward(self, x: Tensor, aspect_ratio_ids: Tensor) -> Tensor:
         gate = self.gate.tanh()
         x = x + (1 - gate) * self.embedding  # [I, T, P, V]
-        return x + gate * self.tile_embedding(aspect_ratio_ids).reshape(self.shape)
+        tile_embedding: Tensor = self.tile_embedding(aspect_ratio_ids)
+        return x + gate * tile_embedding.reshape(self.shape)
 
 
 class VisionAttention(nn.Module):
@@ -182,11 +184,12 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.vision_model = VisionTower(config.vision)
         self.multi_modal_projector = nn.Linear(config.vision.output_dim, config.text.hidden_size)
+        self.cross_layers = [CrossKeyValue(config.text) for _ in config.text.cross_attention_layers]
         layers = {
-            str(layer): _named(cross_attn=CrossKeyValue(config.text)) for layer in config.text.cross_attention_layers
+            str(layer): _named(cross_attn=module)
+            for layer, module in zip(config.text.cross_attention_layers, self.cross_layers, strict=True)
         }
         self.language_model = _named(model=_named(layers=nn.ModuleDict(layers)))
-        self.cross_layers = [layers[str(layer)].cross_attn for layer in config.text.cross_attention_layers]
 
     def forward(self, pixel_values: Tensor, aspect_ratio_ids: Tensor, aspect_ratio_mask: Tensor) -> list[Tensor]:
         """Key and value of every cross-attention layer in turn, [I, G, T*P, D] each."""

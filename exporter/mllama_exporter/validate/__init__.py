@@ -1,7 +1,7 @@
 """Is a bundle still the model? It is compared with its checkpoint in transformers, tensor by tensor and answer by answer.
 
-    report = report_from_bundle(Bundle.open(path), checkpoint)
-    print(report.to_text())
+report = report_from_bundle(Bundle.open(path), checkpoint)
+print(report.to_text())
 """
 
 from mllama_exporter.validate.checks import Check

@@ -146,7 +146,8 @@ class OrtSlots:
             mask[0, :, : visibility.shape[1]] = visibility
             self._visibility[slot, 0] = mask[0, -1]
         step = _Step(self._session, self._views(row), cross, self._has_image[row], mask, self._vocab_size)
-        return step.run(token_ids[None], np.array([position], np.int64))[0]
+        logits = step.run(token_ids[None], np.array([position], np.int64))
+        return logits.reshape(-1)
 
     def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         batch = len(token_ids)

@@ -74,7 +74,7 @@ def _rows(
     for num_tiles in sorted({0, 1, model.vision.max_num_tiles}):
         features = [backend.encode(sample_tiles(model, num_tiles))] if num_tiles else []
         case = DecodeCase(batch, cache_len // 2, cache_len, features)
-        seconds = decode_seconds(backend, model, case, steps=steps)
+        seconds = decode_seconds(backend, case, steps=steps)
         picture = f"picture of {num_tiles} tiles" if num_tiles else "text only"
         rows.append(
             {
