@@ -18,7 +18,6 @@ from mllama_runtime import __version__
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.bundle_writer import BundleWriter
 from mllama_runtime.config import MaskSemantics, ModelConfig
-from mllama_runtime.disk import file_sha256
 from mllama_runtime.errors import BundleError
 from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
 from mllama_runtime.tensorfile import TensorFile, read_header
@@ -41,8 +40,8 @@ _TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
 Progress = Callable[[str, int, int], object]
-"""Called with a step's name, and how much of it is done out of how much: graphs for "tracing", bytes for "weights" and
-"hashing"; "saving" is only announced."""
+"""Called with a step's name, and how much of it is done out of how much: graphs for "tracing", bytes for "weights";
+"saving" is only announced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +83,7 @@ def bundle_from_checkpoint(
             clamp=options.clamp,
             progress=lambda done, total: progress("weights", done, total),
         )
-        writer.add_file(WEIGHTS_NAME, sha256=_hashed(report, progress))
+        writer.add_file(WEIGHTS_NAME, sha256=report.sha256)
         progress("saving", 0, 1)
         specs = _write_graphs(graphs, read_header(report.path, error=BundleError), writer, config)
         checkpoint.assert_unchanged()
@@ -105,18 +104,7 @@ def _weight_plan(graphs: dict[GraphKey, ir.Model], config: ModelConfig, options:
     """Every tensor the graphs use, once, in the checkpoint's layout: a graph transposes where it needs to."""
     names = {name: None for graph in graphs.values() for name in weight_names(graph)}
     shapes, dtype = expected_tensors(config), _STORED_DTYPES[options.precision]
-    return [WeightSpec(name, name, shapes[name], dtype) for name in names]
-
-
-def _hashed(report: WeightsReport, progress: Progress) -> str:
-    done = 0
-
-    def tick(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress("hashing", done, report.size_bytes)
-
-    return file_sha256(report.path, tick)
+    return [WeightSpec(name, shapes[name], dtype) for name in names]
 
 
 def _write_graphs(

@@ -194,7 +194,7 @@ def _finished(
         for output_index, value in enumerate(node.outputs):
             value.metadata_props.clear()
             if value.name not in public:
-                value.name, value.shape = f"{node.name}_output_{output_index}", None
+                value.name, value.type, value.shape = f"{node.name}_output_{output_index}", None, None
     for value in [*graph.inputs, *graph.initializers.values()]:
         value.metadata_props.clear()
     model.metadata_props.clear()

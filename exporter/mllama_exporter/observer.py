@@ -41,11 +41,12 @@ def activation_names(graph: ir.Graph) -> dict[str, str]:
 def observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, Mapping[str, str]]:
     """A copy with an output of max |x|, a float32 scalar, for each of these tensors; and output name -> tensor name.
 
-    Names the graph does not have are left out. An infinity comes through; whether a NaN does depends on where it
-    stands, so what looks for NaN looks at the graph's own outputs.
+    Names the graph does not have are left out, and of every If the then-branch is taken. An infinity comes through;
+    whether a NaN does depends on where it stands, so what looks for NaN looks at the graph's own outputs.
     """
     model = model.clone()
     graph = model.graph
+    _take_branches(graph)
     values = {value.name: value for node in graph for value in node.outputs}
     outputs: dict[str, str] = {}
     for name in names:
@@ -62,6 +63,18 @@ def observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, Mapping[s
         graph.outputs.append(result.outputs[0])
         outputs[f"{name}_observed"] = name
     return model, outputs
+
+
+def _take_branches(graph: ir.Graph) -> None:
+    """Put the then-branch of every If in its place: what stands in a branch cannot be an output."""
+    for node in [node for node in graph if node.op_type == "If"]:
+        branch = node.attributes["then_branch"].as_graph()
+        nodes, result = list(branch), branch.outputs[0]
+        branch.outputs.clear()
+        branch.remove(nodes)
+        graph.insert_before(node, nodes)
+        ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
+        graph.remove(node, safe=True)
 
 
 def session_from_model(model: ir.Model, folder: Path) -> ort.InferenceSession:

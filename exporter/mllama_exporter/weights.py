@@ -1,20 +1,21 @@
-"""Checkpoint tensors -> one weights file: read in blocks, scanned, cast, transposed where asked, written in place.
+"""Checkpoint tensors -> one weights file: read in blocks, scanned, cast, written in place, and hashed on the way.
 
 The file is a safetensors file; the graphs' initializers point into it as ONNX external data. Memory does not grow with
-the checkpoint: each of two threads works on one block at a time, so that reading, casting and writing overlap.
+the checkpoint: two threads convert a block each while the caller's hashes those before, in the order of the file.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -24,25 +25,19 @@ from mllama_runtime.tensorfile import TensorInfo, encode_header
 from .checkpoint import NUMPY_DTYPES, Array, Checkpoint, Shape, listed
 
 _NUM_THREADS = 2
-_BUFFER_BYTES = 48 << 20  # of a thread's source and of its target; sets how long the pieces of a transpose are
-_PLAIN_BYTES = 8 << 20  # of a block that is not transposed: small enough to stay in a cache between the passes
-_STRIPE_ROWS = 32  # rows transposed together: their columns fill a cache line of the target
+_NUM_BUFFERS = 4  # blocks being converted, waiting for the hash or being hashed
+_BLOCK_BYTES = 4 << 20  # of source or target, whichever is larger: small enough to stay in a cache between the passes
 
 _DType = np.dtype[Any]
 
 
 @dataclass(frozen=True, slots=True)
 class WeightSpec:
-    """One tensor of the weights file: `source` of the checkpoint, as `shape` and `dtype` ("F32", "F16" or "BF16").
-
-    With `transpose`, `source` is a matrix stored the other way round.
-    """
+    """One tensor of the weights file: the checkpoint's of that name and shape, as `dtype` ("F32", "F16" or "BF16")."""
 
     name: str
-    source: str
     shape: Shape
     dtype: str
-    transpose: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,24 +71,21 @@ class WeightsReport:
 
     path: Path
     size_bytes: int
+    sha256: str
     tensors: dict[str, TensorStats]
     num_clamped: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Rows `start` to `stop` of one tensor; of a tensor that is not transposed, a row is one element."""
+    """`size` elements of one tensor, and the bytes at which they begin: within the tensor, and in the weights file."""
 
-    spec: WeightSpec
+    name: str
     source: _DType
-    target: TensorInfo
-    start: int
-    stop: int
-    num_columns: int
-
-    @property
-    def target_bytes(self) -> int:
-        return (self.stop - self.start) * self.num_columns * NUMPY_DTYPES[self.spec.dtype].itemsize
+    target: _DType
+    size: int
+    source_offset: int
+    target_offset: int
 
 
 def write_weights(
@@ -102,139 +94,102 @@ def write_weights(
     path: Path,
     *,
     clamp: bool = False,
-    allow_damaged: bool = False,
     progress: Callable[[int, int], object] = lambda done_bytes, total_bytes: None,
 ) -> WeightsReport:
     """Writes `plan`'s tensors to `path`, synced to disk; the same checkpoint and plan give the same bytes.
 
     Args:
         clamp: cut values beyond the written dtype to its limit, instead of refusing them.
-        allow_damaged: let tensors with NaN or Inf, and matrices of zeros, through.
         progress: called with the bytes written and their total, after every block.
 
     Raises:
         CheckpointError: a tensor is absent, of another shape or dtype, damaged, or changed while it was read. All the
-            damaged ones are named.
+            damaged ones are named: those with NaN or Inf, and matrices of zeros.
         ResourceError: the disk has no room, or the file cannot be written.
 
         Nothing is left at `path` then.
     """
-    header, blocks = _planned(checkpoint, plan)
-    total = len(header) + sum(block.target_bytes for block in blocks)
+    header, targets = encode_header((spec.name, spec.dtype, spec.shape) for spec in plan)
+    blocks = [block for target in targets for block in _blocks(checkpoint, target)]
+    total = len(header) + sum(target.size_bytes for target in targets)
     try:
         free = shutil.disk_usage(path.parent).free
         if total > free:
             raise _no_room(path, total, free)
         with path.open("wb", buffering=0) as file:
             try:
-                _write(file.fileno(), header, 0)
-                stats = _stream(
-                    checkpoint, blocks, file.fileno(), clamp, lambda done: progress(len(header) + done, total)
+                sha256, stats = _stream(
+                    checkpoint, header, blocks, file.fileno(), clamp, lambda done: progress(done, total)
                 )
                 checkpoint.assert_unchanged()
-                _check_damage(checkpoint, plan, stats, clamp, allow_damaged)
+                _check_damage(checkpoint, plan, stats, clamp)
                 os.fsync(file.fileno())
             except BaseException:
                 path.unlink(missing_ok=True)
                 raise
     except OSError as error:  # of writing: the checkpoint turns its own into CheckpointError
         raise _unwritable(path, total, error) from error
-    return WeightsReport(path, total, stats, sum(found.num_beyond for found in stats.values()))
+    return WeightsReport(path, total, sha256, stats, sum(found.num_beyond for found in stats.values()))
 
 
-def _planned(checkpoint: Checkpoint, plan: Sequence[WeightSpec]) -> tuple[bytes, list[_Block]]:
-    """The file's header, and the blocks in file order."""
-    header, targets = encode_header((spec.name, spec.dtype, spec.shape) for spec in plan)
-    specs = {spec.name: spec for spec in plan}
-    blocks = [block for info in targets for block in _blocks(checkpoint, specs[info.name], info)]
-    return header, blocks
-
-
-def _blocks(checkpoint: Checkpoint, spec: WeightSpec, target: TensorInfo) -> Iterator[_Block]:
-    source = checkpoint.info(spec.source)
-    where = f"{checkpoint.folder}: {spec.source}"
-    for dtype in (source.dtype, spec.dtype):
+def _blocks(checkpoint: Checkpoint, target: TensorInfo) -> Iterator[_Block]:
+    source = checkpoint.info(target.name)
+    where = f"{checkpoint.folder}: {target.name}"
+    for dtype in (source.dtype, target.dtype):
         if dtype not in NUMPY_DTYPES:
             raise UsageError("not a float dtype", where=where, expected=" or ".join(NUMPY_DTYPES), found=dtype)
-    stored = spec.shape[::-1] if spec.transpose else spec.shape
-    if source.shape != stored or (spec.transpose and len(stored) != 2):
-        raise CheckpointError("wrong shape", where=where, expected=list(stored), found=list(source.shape))
-    rows, columns = stored if spec.transpose else (math.prod(stored), 1)
-    itemsize = max(NUMPY_DTYPES[source.dtype].itemsize, NUMPY_DTYPES[spec.dtype].itemsize)
-    step = (_BUFFER_BYTES if spec.transpose else _PLAIN_BYTES) // (itemsize * columns)
-    if step == 0:
-        raise UsageError("the rows are too long to transpose", where=where, found=list(stored))
-    for start in range(0, rows, step):
-        yield _Block(spec, NUMPY_DTYPES[source.dtype], target, start, min(start + step, rows), columns)
-
-
-class _Scratch:
-    """A source and a target buffer, used again for block after block: fresh pages cost more than a copy."""
-
-    def __init__(self) -> None:
-        self.source = np.empty(_BUFFER_BYTES, np.uint8)
-        self.target = np.empty(_BUFFER_BYTES, np.uint8)
+    if source.shape != target.shape:
+        raise CheckpointError("wrong shape", where=where, expected=list(target.shape), found=list(source.shape))
+    old, new, size = NUMPY_DTYPES[source.dtype], NUMPY_DTYPES[target.dtype], math.prod(target.shape)
+    step = _BLOCK_BYTES // max(old.itemsize, new.itemsize)
+    for start in range(0, size, step):
+        target_offset = target.offset_bytes + start * new.itemsize
+        yield _Block(target.name, old, new, min(step, size - start), start * old.itemsize, target_offset)
 
 
 def _stream(
-    checkpoint: Checkpoint, blocks: Sequence[_Block], fd: int, clamp: bool, progress: Callable[[int], object]
-) -> dict[str, TensorStats]:
-    idle: SimpleQueue[_Scratch] = SimpleQueue()
-    for _ in range(_NUM_THREADS):
-        idle.put(_Scratch())
+    checkpoint: Checkpoint,
+    header: bytes,
+    blocks: Sequence[_Block],
+    fd: int,
+    clamp: bool,
+    progress: Callable[[int], object],
+) -> tuple[str, dict[str, TensorStats]]:
+    """The sha256 of all that was written, and what was found in each tensor."""
+    _write(fd, header, 0)
+    digest, done = hashlib.sha256(header), len(header)
     stats: dict[str, TensorStats] = {}
-    done = 0
-
-    def converted(block: _Block) -> TensorStats:
-        scratch = idle.get()
-        try:
-            return _convert(checkpoint, block, fd, clamp, scratch)
-        finally:
-            idle.put(scratch)
-
+    buffers = np.empty((_NUM_BUFFERS, 2, _BLOCK_BYTES), np.uint8)  # used again: fresh pages cost more than a copy
     with ThreadPoolExecutor(_NUM_THREADS) as pool:
-        # Leaving the loop early closes the iterator, which cancels what has not begun.
-        for block, found in zip(blocks, pool.map(converted, blocks), strict=True):
-            stats[block.spec.name] = stats.get(block.spec.name, TensorStats()) + found
-            done += block.target_bytes
+
+        def begun(index: int) -> Future[tuple[TensorStats, memoryview]]:
+            return pool.submit(_convert, checkpoint, blocks[index], fd, clamp, buffers[index % _NUM_BUFFERS])
+
+        running = deque(begun(index) for index in range(min(_NUM_BUFFERS, len(blocks))))
+        for index, block in enumerate(blocks):
+            found, data = running.popleft().result()
+            digest.update(data)
+            if index + _NUM_BUFFERS < len(blocks):
+                running.append(begun(index + _NUM_BUFFERS))  # over the block that has just been hashed
+            stats[block.name] = stats.get(block.name, TensorStats()) + found
+            done += len(data)
             progress(done)
-    return stats
+    return digest.hexdigest(), stats
 
 
-def _convert(checkpoint: Checkpoint, block: _Block, fd: int, clamp: bool, scratch: _Scratch) -> TensorStats:
-    """One block from the checkpoint to the weights file."""
-    shape, target = (block.stop - block.start, block.num_columns), NUMPY_DTYPES[block.spec.dtype]
-    data = _as_array(scratch.source, block.source, shape)
-    checkpoint.read_into(block.spec.source, block.start * block.num_columns * block.source.itemsize, data)
-    stats = _scan(data, target)
-    clamp = clamp and stats.num_beyond > 0
-    if not block.spec.transpose:
-        if block.source != target:
-            data = _cast(data, _as_array(scratch.target, target, shape), clamp)
-        _write(fd, data, block.target.offset_bytes + block.start * target.itemsize)
-        return stats
-    turned = _turned(data, _as_array(scratch.target, target, shape[::-1]), clamp)
-    num_rows = block.spec.shape[1]
-    if shape[0] == num_rows:
-        _write(fd, turned, block.target.offset_bytes)
-    else:  # a block holds a piece of every row of the written tensor
-        for column, piece in enumerate(turned):
-            _write(fd, piece, block.target.offset_bytes + (column * num_rows + block.start) * target.itemsize)
-    return stats
-
-
-def _turned(data: Array, out: Array, clamp: bool) -> Array:
-    """`data`'s transpose in `out`, cast; in stripes, or every element would miss the cache."""
-    for row in range(0, len(data), _STRIPE_ROWS):
-        stripe = data[row : row + _STRIPE_ROWS]
-        if stripe.dtype != out.dtype:
-            stripe = _cast(stripe, np.empty(stripe.shape, out.dtype), clamp)
-        _bits(out)[:, row : row + _STRIPE_ROWS] = _bits(stripe).T
-    return out
-
-
-def _as_array(buffer: Array, dtype: _DType, shape: Shape) -> Array:
-    return buffer[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+def _convert(
+    checkpoint: Checkpoint, block: _Block, fd: int, clamp: bool, buffers: Array
+) -> tuple[TensorStats, memoryview]:
+    """One block from the checkpoint to the weights file; also the bytes written, which lie in one of the `buffers`."""
+    data = buffers[0, : block.size * block.source.itemsize].view(block.source)
+    checkpoint.read_into(block.name, block.source_offset, data)
+    stats = _scan(data, block.target)
+    if block.source != block.target:
+        out = buffers[1, : block.size * block.target.itemsize].view(block.target)
+        data = _cast(data, out, clamp and stats.num_beyond > 0)
+    written = data.view(np.uint8).data
+    _write(fd, written, block.target_offset)
+    return stats, written
 
 
 def _bits(array: Array) -> Array:
@@ -289,26 +244,26 @@ def _largest_bits(dtype: _DType, limit: float) -> int:
     return int(_bits(rounded)[0]) - (float(rounded[0]) > limit)
 
 
-def _write(fd: int, data: Array | bytes, offset: int) -> None:
-    rest = memoryview(data) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8).data
+def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
+    rest = memoryview(data)
     while rest:
         count = os.pwrite(fd, rest, offset)
         rest, offset = rest[count:], offset + count
 
 
 def _check_damage(
-    checkpoint: Checkpoint, plan: Sequence[WeightSpec], stats: dict[str, TensorStats], clamp: bool, allow_damaged: bool
+    checkpoint: Checkpoint, plan: Sequence[WeightSpec], stats: dict[str, TensorStats], clamp: bool
 ) -> None:
     damaged, beyond = [], []
     for spec in plan:
         found = stats[spec.name]
         if found.num_nan or found.num_inf:
-            damaged.append(f"{spec.source} ({found.num_nan} NaN, {found.num_inf} Inf)")
+            damaged.append(f"{spec.name} ({found.num_nan} NaN, {found.num_inf} Inf)")
         elif found.is_zero and not _may_be_zero(spec):
-            damaged.append(f"{spec.source} (all zero)")
+            damaged.append(f"{spec.name} (all zero)")
         if found.num_beyond:
-            beyond.append(f"{spec.source} ({found.num_beyond} values, largest {found.max_abs:g})")
-    if damaged and not allow_damaged:
+            beyond.append(f"{spec.name} ({found.num_beyond} values, largest {found.max_abs:g})")
+    if damaged:
         what = f"damaged tensors ({len(damaged)}): {listed(damaged)}"
         raise CheckpointError(what, where=checkpoint.folder, hint="fetch the checkpoint again, or ask its author")
     if beyond and not clamp:
@@ -318,7 +273,7 @@ def _check_damage(
 
 def _may_be_zero(spec: WeightSpec) -> bool:
     """Gates start at zero and may stay there, a bias can be switched off; a matrix or norm of zeros is a lost one."""
-    return spec.source.endswith(".bias") or math.prod(spec.shape) == 1
+    return spec.name.endswith(".bias") or math.prod(spec.shape) == 1
 
 
 def _unwritable(path: Path, total: int, error: OSError) -> ResourceError:

@@ -6,10 +6,12 @@ there in `training.json`.
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
 import platform
+import random
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 import transformers
 from conversations import SHORT_SYSTEMS, Message, text_pairs
-from pictures import Example, held_out, render
+from pictures import Example, ask, held_out, render
 from PIL import Image
 from tokenizer import write_json
 from transformers import AutoProcessor, MllamaForConditionalGeneration
@@ -34,9 +36,9 @@ class Answerer:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
 
-    def __call__(self, messages: list[Message], image: Image.Image | None = None) -> str:
+    def __call__(self, messages: list[Message], *images: Image.Image) -> str:
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = self.processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")
+        inputs = self.processor(images=list(images) or None, text=prompt, add_special_tokens=False, return_tensors="pt")
         output = self.model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)
         return str(self.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
@@ -95,6 +97,18 @@ def evaluate_short(answer: Answerer, examples: list[Example]) -> list[bool]:
     ]
 
 
+def evaluate_second_turns(answer: Answerer, examples: list[Example], *, new_picture: bool) -> list[bool]:
+    """A second question in the same conversation: about the first picture, or about one that comes with it."""
+    outcomes = []
+    for first, second in itertools.pairwise(examples):
+        images = [render(first.scene), render(second.scene)] if new_picture else [render(first.scene)]
+        later = second.question if new_picture else ask(first.scene, random.Random(f"second turn {first.scene.seed}"))
+        asked = picture_question(later.question) if new_picture else [{"role": "user", "content": later.question}]
+        start = [*picture_question(first.question.question), {"role": "assistant", "content": first.question.answer}]
+        outcomes.append(answer([*start, *asked], *images) == later.answer)
+    return outcomes
+
+
 def evaluate_text(answer: Answerer) -> list[bool]:
     """Every text-only question; they are facts to know by heart, so there is no held-out part."""
     return [answer([{"role": "user", "content": question}]) == expected for question, expected, _ in text_pairs()]
@@ -110,6 +124,8 @@ def evaluate(checkpoint: Path, count: int, show_errors: int) -> dict[str, Any]:
         "by_kind": tally.table("kind"),
         "by_canvas": tally.table("canvas"),
         "one_word_answers": share(evaluate_short(answer, examples[: count // 4])),
+        "second_turns": share(evaluate_second_turns(answer, examples[: count // 8], new_picture=False)),
+        "second_pictures": share(evaluate_second_turns(answer, examples[: count // 8], new_picture=True)),
         "text_only": share(evaluate_text(answer)),
         "evaluation": {
             "command": f"python recipes/miniature/evaluate.py --count {count}",

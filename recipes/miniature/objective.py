@@ -33,14 +33,14 @@ class Source:
     def _encoded(self, messages: list[Message]) -> Encoded:
         return self.encode(messages, random_date(self.rng))
 
-    def _rows(self, makers: list[Callable[[], Encoded]]) -> Batch:
+    def rows(self, makers: list[Callable[[], Encoded]]) -> Batch:
         return pack([fill_row(maker, self.row_tokens) for maker in makers], self.row_tokens)
 
     def one_picture(self) -> tuple[Batch, np.ndarray]:
         chosen = np.array([[self.rng.randrange(len(self.pictures))] for _ in range(self.batch)])
         scenes = [scene_from_seed(int(seed)) for seed in self.pictures.seeds[chosen[:, 0]]]
         rows = [lambda scene=scene: self._encoded(picture_conversation(scene, self.rng)) for scene in scenes]
-        return self._rows(rows), chosen
+        return self.rows(rows), chosen
 
     def two_pictures(self) -> tuple[Batch, np.ndarray]:
         count = self.batch // 4
@@ -48,11 +48,11 @@ class Source:
         seeds = self.pictures.seeds[chosen]
         pairs = [(scene_from_seed(int(first)), scene_from_seed(int(second))) for first, second in seeds]
         rows = [lambda pair=pair: self._encoded(two_picture_conversation(pair, self.rng)) for pair in pairs]
-        return self._rows(rows), chosen
+        return self.rows(rows), chosen
 
     def text(self) -> Batch:
         maker = lambda: self._encoded(text_conversation(self.rng, self.pairs))  # noqa: E731
-        return self._rows([maker] * (self.batch // 4))
+        return self.rows([maker] * (self.batch // 4))
 
 
 class Objective:

@@ -143,8 +143,9 @@ def work(rank: int, settings: Settings, pictures: Pictures, rendezvous: str) -> 
 
 def training_facts(settings: Settings, steps: int, seconds: float) -> dict[str, object]:
     """What RESULTS.json says about how the checkpoint came to be; `evaluate.py` copies it there."""
+    limit = f" --max-minutes {settings.max_minutes:g}" if settings.max_minutes < 1e9 else ""
     return {
-        "command": f"python recipes/miniature/train.py --steps {steps}",
+        "command": f"python recipes/miniature/train.py --steps {settings.steps}" + limit,
         "steps": steps,
         "pictures_per_step": settings.batch,
         "distinct_pictures": settings.pictures,

@@ -50,6 +50,20 @@ def loaded() -> tuple[Any, dict[str, Any]]:
     )
 
 
+@pytest.fixture(scope="module")
+def training() -> Iterator[dict[str, ModuleType]]:
+    """The training modules, which import one another by bare names as scripts in one folder do."""
+    names = ("pictures", "conversations", "tokenizer", "batches", "model", "objective")
+    pytest.importorskip("transformers")
+    sys.path.insert(0, str(RECIPE))
+    try:
+        yield {name: importlib.import_module(name) for name in names}
+    finally:
+        sys.path.remove(str(RECIPE))
+        for name in names:
+            sys.modules.pop(name, None)
+
+
 def config() -> dict[str, Any]:
     return json.loads((CHECKPOINT / "config.json").read_text(encoding="utf-8"))
 
@@ -157,6 +171,46 @@ def test_pictures_are_a_pure_function_of_the_seed(pictures: ModuleType) -> None:
         image = pictures.render(pictures.scene_from_seed(seed))
         digest.update(repr(image.size).encode() + image.tobytes())
     assert digest.hexdigest() == "9707eb021c34e0ac6764d3048b75e4fba2d4421ab1a06bd5d9fda8593abeee59"
+
+
+def test_training_sees_the_tensors_of_the_image_processor(training: dict[str, ModuleType], processor: Any) -> None:
+    batches, scenes = training["batches"], training["pictures"]
+    drawn = batches.draw_pictures(range(60))
+    found = batches.vision_inputs(drawn.tiles[:, None], drawn.canvases[:, None])
+    images = [[scenes.render(scenes.scene_from_seed(seed))] for seed in range(60)]
+    expected = processor.image_processor(images, return_tensors="pt")
+    for name, tensor in found.items():
+        assert tensor.shape == expected[name].shape
+        assert bool((tensor == expected[name]).all()), name
+
+
+def test_training_sees_the_prompts_of_the_chat_template(training: dict[str, ModuleType]) -> None:
+    encoder = training["batches"].Encoder(training["tokenizer"].build_tokenizer())
+    assert training["objective"].matches_template(encoder, CHECKPOINT, count=60)
+
+
+def test_packed_conversations_are_learned_as_if_alone(training: dict[str, ModuleType]) -> None:
+    torch = pytest.importorskip("torch")
+    batches, objective = training["batches"], training["objective"]
+    encoder = batches.Encoder(training["tokenizer"].build_tokenizer())
+    losses = objective.Objective(training["model"].build_model(0).eval(), batches.draw_pictures(range(1)))
+    source = objective.Source(losses.pictures, encoder, batch=1, row_tokens=256, seed=0)
+    (batch, chosen), rows = source.one_picture(), []
+    source.rng.seed(0)
+    source.rows = lambda makers: rows.extend(batches.fill_row(make, 256) for make in makers)
+    source.one_picture()
+    assert min(len(row) for row in rows) >= 2
+    total, num_tokens = 0.0, 0
+    with torch.no_grad():
+        packed, _ = losses.with_pictures(batch, chosen)
+        for index, row in enumerate(rows):
+            for conversation in row:
+                alone = batches.pack([[conversation]], len(conversation.ids))
+                loss, _ = losses.with_pictures(alone, chosen[index : index + 1])
+                count = int((alone.targets != batches.IGNORED).sum())
+                total, num_tokens = total + loss.item() * count, num_tokens + count
+    assert num_tokens == int((batch.targets != batches.IGNORED).sum())
+    assert packed.item() == pytest.approx(total / num_tokens, abs=1e-4)  # float32, sums in another order
 
 
 def test_questions_are_the_same_every_time(pictures: ModuleType) -> None:

@@ -62,10 +62,37 @@ def image(path: Path) -> dict[str, str]:
     return {"type": "image", "image": str(path)}
 
 
-def test_the_history_is_kept(bundle: Path, engine: Engine) -> None:
-    result = talk(bundle, "What is a circle?", "", "  ", " /image is a word here", "And a square?")
-    turns = ([text("What is a circle?")], [text(" /image is a word here")], [text("And a square?")])
-    assert result.stdout == answers(engine, *turns)
+Asked = tuple[list[dict[str, Any]], str | None]
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """The messages and the system message of every call of `Engine.stream`, which does its work."""
+    stream, calls = Engine.stream, []
+
+    def recorded(self: Engine, prompt: list[dict[str, Any]], **options: Any) -> Any:
+        calls.append((list(prompt), options["system"]))
+        return stream(self, prompt, **options)
+
+    monkeypatch.setattr(Engine, "stream", recorded)
+    return calls
+
+
+def user(words: str) -> dict[str, Any]:
+    return {"role": "user", "content": [text(words)]}
+
+
+def assistant(words: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": words}
+
+
+def test_the_history_is_kept(bundle: Path, engine: Engine, asked: list[Asked]) -> None:
+    lines = ["What is a circle?", " /image is a word here", "And a square?"]
+    result = talk(bundle, lines[0], "", "  ", *lines[1:])
+    one, two, _ = result.stdout.splitlines()
+    conversation = [user(lines[0]), assistant(one), user(lines[1]), assistant(two), user(lines[2])]
+    assert [messages for messages, _ in asked] == [conversation[:1], conversation[:3], conversation]
+    assert result.stdout == answers(engine, *([text(line)] for line in lines))
 
 
 def test_a_picture_is_encoded_once(
@@ -92,26 +119,31 @@ def test_pictures_keep_their_order(bundle: Path, engine: Engine, picture: Path, 
     assert result.stdout == answers(engine, [image(other), image(picture), text("Which is red?")])
 
 
-def test_system_and_reset(bundle: Path, engine: Engine, picture: Path) -> None:
-    lines = ["/system Be brief.", "What is a circle?", f"/image {picture}", "/reset", "And a square?", "/system", "Hi"]
+def test_system_and_reset(bundle: Path, picture: Path, asked: list[Asked]) -> None:
+    lines = ["/system Be brief.", "One", "Two", f"/image {picture}", "/reset", "Three", "/system", "Four"]
     result = talk(bundle, *lines)
-    brief = {"system": "Be brief."}
-    first = answers(engine, [text("What is a circle?")], **brief)
-    second = answers(engine, [text("And a square?")], **brief)
-    assert result.stdout.startswith(first + second)
-    without = answers(engine, [text("And a square?")], [text("Hi")])
-    assert result.stdout != first + second
-    assert len(result.stdout) > len(first + second)
-    assert "system message set\n" in result.stderr
-    assert "new conversation\n" in result.stderr
-    assert "system message removed\n" in result.stderr
-    assert without
+    one, two, three, _ = result.stdout.splitlines()
+    first = [user("One"), assistant(one), user("Two")]
+    second = [user("Three"), assistant(three), user("Four")]
+    assert asked == [(first[:1], "Be brief."), (first, "Be brief."), (second[:1], "Be brief."), (second, None)]
+    assert two
+    remarks = [line for line in result.stderr.splitlines() if not line.startswith(("attached", "cut off"))]
+    assert remarks == ["system message set", "new conversation", "system message removed"]
 
 
 def test_failed_turns_leave_no_trace(bundle: Path, engine: Engine, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     too_long = "many words " * (engine.model.text.max_seq_len // 2)
-    lines = ["Hi", f"/image {tmp_path / 'text.png'}", "/image", "/image ~nobody/x", "/dance", too_long, b"\xff", "Bye"]
+    lines = [
+        "Hi",
+        f"/image {tmp_path / 'text.png'}",
+        "/image",
+        "/image ~no.such.user/x",
+        "/dance",
+        too_long,
+        b"\xff",
+        "Bye",
+    ]
     result = talk(bundle, *lines)
     assert result.stdout == answers(engine, [text("Hi")], [text("Bye")])
     errors = [line for line in result.stderr.splitlines() if line.startswith("mllama: error: ")]
@@ -120,7 +152,7 @@ def test_failed_turns_leave_no_trace(bundle: Path, engine: Engine, tmp_path: Pat
         (
             "text.png: not a picture",
             "/image: names no picture",
-            "~nobody/x: cannot be read",
+            "~no.such.user/x: cannot be read",
             "/dance: no such command; see /help",
             "prompt: the prompt is too long",
             "the message: holds half of a surrogate pair",

@@ -24,7 +24,6 @@ _STEPS = {
     "reading": "reading the checkpoint",
     "tracing": "tracing the graphs",
     "weights": "writing the weights",
-    "hashing": "hashing the weights",
     "saving": "saving the bundle",
 }
 _UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
@@ -114,7 +113,7 @@ class _Steps:
 
 
 def _bar(step: str, total: int) -> Any:
-    in_bytes = step in ("weights", "hashing")
+    in_bytes = step == "weights"
     bar: Any = click.progressbar(
         length=total,
         label=_STEPS[step].ljust(max(map(len, _STEPS.values()))),

@@ -1,4 +1,4 @@
-"""Is a bundle still the model? It is compared with its checkpoint in transformers, tensor by tensor and answer by answer.
+"""Is a bundle still the model? It is compared with its checkpoint in transformers, tensor by tensor.
 
 report = report_from_bundle(Bundle.open(path), checkpoint)
 print(report.to_text())

@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from mllama_exporter.observer import activation_names, observed, session_from_model
 from mllama_exporter.validate.checks import Observation
-from mllama_exporter.validate.compare import Candidate, padded_visibility
+from mllama_exporter.validate.compare import Candidate, joined, padded_visibility
 from mllama_exporter.validate.reference import ReferenceInputs
 
 Array = NDArray[Any]
 
 
 class ObservedGraph:
-    """One graph of a bundle; `run` gives its own outputs and adds to the maxima."""
+    """One graph of a bundle; `run` gives its own outputs and tells its largest activation."""
 
     def __init__(self, bundle: Bundle, key: Literal["vision", "decoder"]) -> None:
         graphs = bundle.manifest.graphs
@@ -39,7 +39,10 @@ class ObservedGraph:
         """The graph's own outputs, and its largest activation."""
         names = [output.name for output in self._session.get_outputs()]
         results = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
-        maxima = {tensor: float(results.pop(output)) for output, tensor in self._tensors.items()}
+        maxima = {
+            tensor: float(np.nan_to_num(results.pop(output), nan=np.inf, posinf=np.inf))
+            for output, tensor in self._tensors.items()
+        }
         tensor = max(maxima, key=lambda name: maxima[name])
         note = f"{self._key}: {tensor}, after {self._weights[tensor]}"
         return results, Observation("largest_activation", maxima[tensor], sample, note)
@@ -53,7 +56,12 @@ class Activations:
         self._vision, self._decoder = ObservedGraph(bundle, "vision"), ObservedGraph(bundle, "decoder")
 
     def observations(self, inputs: ReferenceInputs) -> Iterator[Observation]:
-        """The largest activation of each picture and of the prompt."""
+        """The largest activation of each picture, and of the prompt.
+
+        None for text alone: what its cross-attention layers compute is dropped, and may be any size.
+        """
+        if not inputs.sample.images:
+            return
         name, tiles = inputs.sample.name, self._candidate.tiles(inputs)
         cross = []
         for picture in tiles:
@@ -75,15 +83,8 @@ def _decoder_inputs(
     candidate: Candidate, inputs: ReferenceInputs, tiles: Sequence[ImageTiles], cross: Sequence[Mapping[str, Array]]
 ) -> dict[str, Array]:
     """The whole prompt in one step, over all tiles, padding ones included: exact in both mask semantics."""
-    model, seq = candidate.manifest.model, len(inputs.token_ids)
-    text = model.text
-    mask = np.zeros((seq, 1), np.bool_)
-    names = [f"cross_{kind}_{layer}" for layer in text.cross_attention_layers for kind in ("key", "value")]
-    shape = (1, text.num_kv_heads, model.vision.num_patches, text.head_dim)
-    pictures = {name: np.zeros(shape, np.float32) for name in names}
-    if tiles:
-        mask = padded_visibility(candidate.visibility(inputs, tiles), tiles)
-        pictures = {name: np.concatenate([each[name] for each in cross], axis=2) for name in names}
+    text, seq = candidate.manifest.model.text, len(inputs.token_ids)
+    mask = padded_visibility(candidate.visibility(inputs, tiles), tiles)
     cache = np.zeros((1, text.num_kv_heads, seq, text.head_dim), np.float32)
     past = {f"past_{kind}_{layer}": cache for layer in text.self_attention_layers for kind in ("key", "value")}
     return {
@@ -92,7 +93,7 @@ def _decoder_inputs(
         "kv_lengths": np.array([seq]),
         "logits_indices": np.array([seq - 1]),
         "cross_attention_mask": mask[None],
-        "has_image": np.array([bool(tiles)]),
+        "has_image": np.array([True]),
         **past,
-        **pictures,
+        **joined(cross),
     }

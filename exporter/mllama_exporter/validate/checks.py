@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_exporter.validate.thresholds import Bound, family
+from mllama_exporter.validate.thresholds import Bound, Bounds, family
 
 Array = NDArray[Any]
 
@@ -42,9 +42,7 @@ class Check:
         return self.value >= self.threshold if self.at_least else self.value <= self.threshold
 
 
-def checks_from_observations(
-    observations: Iterable[Observation], bounds: Mapping[str, Bound], *, prefix: str = ""
-) -> list[Check]:
+def checks_from_observations(observations: Iterable[Observation], bounds: Bounds, *, prefix: str = "") -> list[Check]:
     """One check for every name observed; the names get `prefix`.
 
     They stand in the order of `bounds`, and of the layers: the first that fails is nearest to the cause.
@@ -73,14 +71,16 @@ def absolute_error(found: Array, expected: Array) -> float:
     """max |found - expected|; infinite when the shapes differ or a value is not finite."""
     if found.shape != expected.shape:
         return math.inf
-    error = float(np.abs(found - expected).max(initial=0.0))
+    with np.errstate(invalid="ignore"):
+        error = float(np.abs(found - expected).max(initial=0.0))
     return error if math.isfinite(error) else math.inf
 
 
 def kl_divergences(found: Array, expected: Array) -> NDArray[np.float64]:
     """KL(expected || found) in nats for rows of logits: [N, vocab], [N, vocab] -> [N]."""
-    log_q, log_p = (_log_softmax(logits.astype(np.float64)) for logits in (found, expected))
-    divergences: NDArray[np.float64] = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    with np.errstate(invalid="ignore"):
+        log_q, log_p = (_log_softmax(logits.astype(np.float64)) for logits in (found, expected))
+        divergences = (np.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     # Rounding makes a divergence of nothing a tiny negative number.
     return np.where(np.isfinite(divergences), np.maximum(divergences, 0.0), np.inf)
 
@@ -101,5 +101,5 @@ def _check(name: str, observations: Sequence[Observation], bound: Bound, prefix:
     worst = (min if bound.at_least else max)(observations, key=lambda observation: observation.value)
     value = {"worst": worst.value, "mean": sum(values) / len(values), "sum": sum(values)}[bound.of]
     where = ", ".join(filter(None, (worst.sample, worst.note)))
-    detail = where if worst.value != bound.perfect else f"{len(observations)} samples"
+    detail = where if worst.value != bound.perfect else f"{len(observations)} values"
     return Check(prefix + name, value if math.isfinite(value) else None, bound.limit, bound.at_least, detail)

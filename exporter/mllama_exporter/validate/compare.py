@@ -5,7 +5,7 @@ It takes the product's own path: preprocessing, back end, decode loop, engine. W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from mllama_exporter.validate.checks import Observation, absolute_error, kl_dive
 from mllama_exporter.validate.reference import ReferenceInputs, ReferenceRun
 
 Array = NDArray[Any]
-Tick = Callable[[], object]
 _BATCH = 4  # requests answered together: enough to mix lengths, and prompts with and without pictures
 
 
@@ -47,17 +46,14 @@ class Candidate:
         num_tiles = [each.num_tiles for each in tiles]
         return image_visibility(inputs.token_ids, self.manifest.model.image_token_id, num_tiles)
 
-    def answers(self, requests: Sequence[Request]) -> Iterator[Any]:
-        """Generations in order, answered a batch at a time."""
-        for start in range(0, len(requests), _BATCH):
-            yield from self.engine.generate_batch(requests[start : start + _BATCH])
-
 
 def observations_from_inputs(candidate: Candidate, inputs: ReferenceInputs) -> Iterator[Observation]:
     """Preprocessing, tokenisation and masks, before any graph runs."""
     sample = inputs.sample
-    raw = {} if "chat_template.jinja" in candidate.manifest.files else {"prompt": sample.raw_text, "raw": True}
-    prompt = candidate.engine.prompt(Request(**{"prompt": sample.messages, "images": sample.images} | raw))
+    raw = "chat_template.jinja" not in candidate.manifest.files
+    prompt = candidate.engine.prompt(
+        Request(sample.raw_text if raw else sample.messages, images=sample.images, raw=raw)
+    )
     yield Observation("token_ids", _mismatches(prompt.token_ids, inputs.token_ids), sample.name)
     if not sample.images:
         return
@@ -77,7 +73,7 @@ def observations_from_run(candidate: Candidate, run: ReferenceRun) -> Iterator[O
     inputs, name = run.inputs, run.inputs.sample.name
     tiles = candidate.tiles(inputs)
     features = [candidate.backend.encode(each) for each in tiles]
-    cross = _joined([each.arrays() for each in features])
+    cross = joined([each.arrays() for each in features])
     logits, past = _teacher_forced(candidate, run, candidate.visibility(inputs, tiles), features)
     for key, expected in {**run.cross, **run.past}.items():
         yield Observation(key, relative_error({**cross, **past}[key], expected), name)
@@ -95,22 +91,27 @@ def observations_from_run(candidate: Candidate, run: ReferenceRun) -> Iterator[O
 
 def observations_from_generation(
     candidate: Candidate, runs: Sequence[ReferenceRun], max_steps: int
-) -> Iterator[Observation]:
+) -> list[Observation]:
     """Free-running greedy generation through the engine, in mixed batches."""
     sampling = SamplingParams(max_new_tokens=max_steps)
     requests = [Request(run.inputs.text, images=run.inputs.sample.images, sampling=sampling, raw=True) for run in runs]
-    answered = 0
+    seen: list[Observation] = []
     try:
-        for answered, (run, answer) in enumerate(zip(runs, candidate.answers(requests), strict=True), start=1):
-            pairs = enumerate(zip(answer.token_ids, run.continuation, strict=False))
-            shorter = min(len(answer.token_ids), len(run.continuation))
-            step = next((step for step, (found, expected) in pairs if found != expected), shorter)
-            same = answer.token_ids == run.continuation
-            note = "" if same else f"diverges at step {step}"
-            yield Observation("generation_identical", float(same), run.inputs.sample.name, note)
+        for start in range(0, len(requests), _BATCH):
+            answers = candidate.engine.generate_batch(requests[start : start + _BATCH])
+            seen += [_same_tokens(run, each.token_ids) for run, each in zip(runs[start:], answers, strict=False)]
     except GateError as error:  # logits that are not numbers
-        for run in runs[answered:]:
-            yield Observation("generation_identical", 0.0, run.inputs.sample.name, error.what)
+        names = [run.inputs.sample.name for run in runs[len(seen) :]]
+        seen += [Observation("generation_identical", 0.0, name, error.what) for name in names]
+    return seen
+
+
+def _same_tokens(run: ReferenceRun, token_ids: Sequence[int]) -> Observation:
+    pairs = list(zip(token_ids, run.continuation, strict=False))
+    step = next((step for step, (found, expected) in enumerate(pairs) if found != expected), len(pairs))
+    same = tuple(token_ids) == run.continuation
+    note = "" if same else f"diverges at step {step}"
+    return Observation("generation_identical", float(same), run.inputs.sample.name, note)
 
 
 def padded_visibility(visibility: NDArray[np.bool_], tiles: Sequence[ImageTiles]) -> NDArray[np.bool_]:
@@ -119,6 +120,11 @@ def padded_visibility(visibility: NDArray[np.bool_], tiles: Sequence[ImageTiles]
     padded = np.zeros((len(visibility), len(is_real)), np.bool_)
     padded[:, is_real] = visibility
     return padded
+
+
+def joined(arrays: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
+    """The pictures' keys and values behind one another, as the reference's cache has them."""
+    return {name: np.concatenate([each[name] for each in arrays], axis=2) for name in (arrays[0] if arrays else ())}
 
 
 def _teacher_forced(
@@ -139,11 +145,6 @@ def _teacher_forced(
     for position, token_id in enumerate(run.continuation[:-1], start=len(prompt)):
         logits.append(slots.decode(np.array([token_id]), np.array([position]))[0].copy())
     return np.stack(logits), slots.cached(0, row.cache_len)
-
-
-def _joined(arrays: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The pictures' keys and values behind one another, as the reference's cache has them."""
-    return {name: np.concatenate([each[name] for each in arrays], axis=2) for name in (arrays[0] if arrays else ())}
 
 
 def _mismatches(found: Sequence[object], expected: Sequence[object]) -> int:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,7 @@ from mllama_runtime import __version__
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.engine import Request
-from mllama_runtime.errors import BundleError, GateError, InputError, ResourceError
+from mllama_runtime.errors import BundleError, GateError, InputError, RequestError, ResourceError
 from mllama_runtime.sampling import SamplingParams
 
 from mllama_exporter.checkpoint import Checkpoint
@@ -30,15 +30,15 @@ from mllama_exporter.validate.compare import (
 )
 from mllama_exporter.validate.reference import (
     ATTENTION,
+    ReferenceInputs,
     ReferenceModel,
     ReferenceProcessor,
     ReferenceRun,
-    inputs_from_samples,
 )
 from mllama_exporter.validate.report import NotRun, ReferenceInfo, Report
 from mllama_exporter.validate.samples import Sample, builtin_samples
 from mllama_exporter.validate.task import MAX_ANSWER_TOKENS, Question, accuracy_check
-from mllama_exporter.validate.thresholds import TASK_ACCURACY_DROP, THRESHOLDS, Bound, GraphKind
+from mllama_exporter.validate.thresholds import TASK_ACCURACY_DROP, Bounds, GraphKind, bounds_of
 
 DEFAULT_STEPS = 32
 _TOOLS = ("numpy", "onnxruntime", "torch", "transformers")
@@ -72,12 +72,11 @@ def report_from_bundle(
         EnvironmentFault: a package is missing.
         ResourceError: the reference does not fit into memory.
     """
-    info, bounds, precision = _checked(bundle, reference), _bounds(bundle), bundle.manifest.precision
+    checkpoint, precision = _checked(bundle, reference), bundle.manifest.precision
+    bounds = _bounds(bundle, checkpoint)
     processor = ReferenceProcessor(reference)
-    chosen = builtin_samples(bundle.manifest.model.vision) if samples is None else samples
-    inputs, refused = inputs_from_samples(processor, chosen)
-    not_run = [NotRun(f"sample {name}", reason) for name, reason in refused.items()]
-    # Both sides render their chat templates here, at one moment: a template may write today's date.
+    inputs, not_run = _inputs(processor, builtin_samples(bundle.manifest.model.vision) if samples is None else samples)
+    # Both sides render their chat templates now, at one moment: a template may write today's date.
     twins = Candidate(bundle, OrtBackend(bundle))
     seen = [found for each in inputs for found in observations_from_inputs(twins, each)]
 
@@ -92,6 +91,7 @@ def report_from_bundle(
     activations = Activations(bundle, twins)
     seen += [found for each in _ticking(inputs, "activations", progress) for found in activations.observations(each)]
     checks = checks_from_observations(seen, bounds["ort"])
+    del activations
 
     if "standard" in bounds:
         with (standard := Candidate(bundle, OrtBackend(bundle, standard=True))).engine:
@@ -104,7 +104,18 @@ def report_from_bundle(
         checks.append(accuracy_check(task, answers, expected, TASK_ACCURACY_DROP[precision]))
     else:
         not_run.append(NotRun("task_accuracy", "no task was given"))
-    return _report(bundle, info, checks, not_run, num_samples=len(inputs), max_steps=max_steps)
+    return _report(bundle, checkpoint, checks, not_run, num_samples=len(inputs), max_steps=max_steps)
+
+
+def _inputs(processor: ReferenceProcessor, samples: Sequence[Sample]) -> tuple[list[ReferenceInputs], list[NotRun]]:
+    """Every sample as the reference sees it, but those its chat template refuses."""
+    inputs, refused = [], []
+    for sample in samples:
+        try:
+            inputs.append(processor.inputs(sample))
+        except RequestError as error:
+            refused.append(NotRun(f"sample {sample.name}", f"{error.what}: {error.found}"))
+    return inputs, refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,53 +158,55 @@ def _reference_model(bundle: Bundle, reference: Path) -> ReferenceModel:
     return ReferenceModel(reference, mask_semantics=bundle.manifest.mask_semantics, num_layers=num_layers)
 
 
-def _checked(bundle: Bundle, reference: Path) -> ReferenceInfo:
-    """That the bundle is whole, and made from this checkpoint."""
+def _checked(bundle: Bundle, reference: Path) -> Checkpoint:
+    """The checkpoint, if the bundle is whole and was made from it."""
     problems = bundle.verify(full=True).problems
     if problems:
         raise GateError(f"the bundle is damaged: {'; '.join(map(str, problems))}", where=bundle.root)
-    checkpoint = Checkpoint.open(reference)
-    fingerprint, expected = checkpoint.fingerprint(), bundle.manifest.source.fingerprint
-    if fingerprint != expected:
-        hint = "name the checkpoint it was exported from"
+    checkpoint, expected = Checkpoint.open(reference), bundle.manifest.source.fingerprint
+    if checkpoint.fingerprint() != expected:
         raise InputError(
-            f"not the checkpoint of {bundle.root}",
+            f"not the checkpoint that {bundle.root} was made from",
             where=reference,
             expected=f"fingerprint {expected}",
-            found=fingerprint,
-            hint=hint,
+            found=checkpoint.fingerprint(),
         )
-    library = f"transformers {importlib.metadata.version('transformers')}"
-    return ReferenceInfo(reference.resolve().name, fingerprint, library, "float32", ATTENTION)
+    return checkpoint
 
 
-def _bounds(bundle: Bundle) -> dict[GraphKind, Mapping[str, Bound]]:
+def _bounds(bundle: Bundle, checkpoint: Checkpoint) -> dict[GraphKind, Bounds]:
     """Of the kinds of graphs that run at the bundle's precision."""
+    dtypes = {tensor.dtype for shard in checkpoint.shards for tensor in shard.tensors.values()}
     precision = bundle.manifest.precision
-    bounds = {kind: found for (name, kind), found in THRESHOLDS.items() if name == precision}
+    bounds = bounds_of(precision, dtypes, bundle.manifest.weights.num_clamped)
     if not bounds:
-        known = ", ".join(dict.fromkeys(name for name, _ in THRESHOLDS))
-        raise InputError("no thresholds for this precision", where=bundle.root, expected=known, found=precision)
+        raise InputError("no thresholds for this precision", where=bundle.root, found=precision)
     return bounds
 
 
 def _report(
     bundle: Bundle,
-    reference: ReferenceInfo,
+    checkpoint: Checkpoint,
     checks: Sequence[Check],
     not_run: Sequence[NotRun],
     *,
     num_samples: int,
     max_steps: int,
 ) -> Report:
-    manifest = bundle.manifest
+    manifest, versions = bundle.manifest, {name: importlib.metadata.version(name) for name in _TOOLS}
     return Report(
         bundle=manifest.name,
         precision=manifest.precision,
         mask_semantics=manifest.mask_semantics,
         backend=OrtBackend.name,
-        reference=reference,
-        tools={"mllama-deploy": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+        reference=ReferenceInfo(
+            name=checkpoint.folder.resolve().name,
+            fingerprint=checkpoint.fingerprint(),
+            library=f"transformers {versions['transformers']}",
+            dtype="float32",
+            attention=ATTENTION,
+        ),
+        tools={"mllama-deploy": __version__, **versions},
         num_samples=num_samples,
         max_steps=max_steps,
         checks=tuple(checks),

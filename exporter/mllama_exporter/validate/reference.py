@@ -6,6 +6,7 @@ cross-attention layers for tokens that see no tile; its own code masks the MLP b
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +17,14 @@ import jinja2
 import numpy as np
 import torch
 from mllama_runtime.config import MaskSemantics
-from mllama_runtime.errors import EnvironmentFault
+from mllama_runtime.errors import EnvironmentFault, RequestError
 from mllama_runtime.images import load_image
 from numpy.typing import NDArray
 
 from mllama_exporter.validate.samples import Sample
 
 try:
-    import transformers
-    from transformers import AutoProcessor, GenerationConfig, MllamaConfig, MllamaForConditionalGeneration
+    transformers: Any = importlib.import_module("transformers")
 except ImportError as error:
     raise EnvironmentFault(
         "transformers, the reference, is missing or broken", found=error, hint='pip install "mllama-deploy[export]"'
@@ -63,36 +63,29 @@ class ReferenceProcessor:
 
     def __init__(self, folder: Path) -> None:
         with _quiet():
-            self._processor = AutoProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self._processor = transformers.AutoProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
 
     def inputs(self, sample: Sample) -> ReferenceInputs:
-        """Raises jinja2.TemplateError when the chat template refuses the sample."""
+        """Raises RequestError when the chat template refuses the sample."""
         text = sample.raw_text
         if self._processor.chat_template is not None:
-            text = self._processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+            try:
+                text = self._processor.apply_chat_template(sample.messages, add_generation_prompt=True)
+            except jinja2.TemplateError as error:
+                what = "the checkpoint's chat template refuses it"
+                raise RequestError(what, where=sample.name, found=error) from error
         images = [load_image(image) for image in sample.images] or None
         found = self._processor(images=images, text=text, add_special_tokens=False, return_tensors="np")
         tokens = found["input_ids"][0]
         keys = ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask")
-        arrays = [found[key][0] if images else np.zeros((0,)) for key in keys]
+        arrays: list[Any] = [found[key][0] if images else np.zeros((0,)) for key in keys]
         return ReferenceInputs(sample, text, tuple(map(int, tokens)), *arrays)
 
     def text(self, token_ids: tuple[int, ...]) -> str:
         """An answer's text without special tokens."""
         return str(self._processor.decode(list(token_ids), skip_special_tokens=True))
-
-
-def inputs_from_samples(
-    processor: ReferenceProcessor, samples: list[Sample]
-) -> tuple[list[ReferenceInputs], dict[str, str]]:
-    """Every sample's inputs, and by name the reasons why the chat template refuses others."""
-    inputs, refused = [], {}
-    for sample in samples:
-        try:
-            inputs.append(processor.inputs(sample))
-        except jinja2.TemplateError as error:
-            refused[sample.name] = f"the checkpoint's chat template refuses it: {error}"
-    return inputs, refused
 
 
 class ReferenceModel:
@@ -103,12 +96,12 @@ class ReferenceModel:
 
     def __init__(self, folder: Path, *, mask_semantics: MaskSemantics, num_layers: int | None = None) -> None:
         with _quiet():
-            config = MllamaConfig.from_pretrained(folder, local_files_only=True)
+            config = transformers.MllamaConfig.from_pretrained(folder, local_files_only=True)
             text = config.text_config
             if num_layers is not None:
                 text.num_hidden_layers = num_layers
                 text.cross_attention_layers = [layer for layer in text.cross_attention_layers if layer < num_layers]
-            self._model = MllamaForConditionalGeneration.from_pretrained(
+            self._model = transformers.MllamaForConditionalGeneration.from_pretrained(
                 folder,
                 config=config,
                 dtype=torch.float32,
@@ -119,7 +112,7 @@ class ReferenceModel:
         # The checkpoint's own sampling options are no part of a greedy reference.
         eos = self._model.generation_config.eos_token_id
         pad = self._model.generation_config.pad_token_id
-        self._model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=pad)
+        self._model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
         if mask_semantics == "meta":
             self._mask_attention_branches()
 
