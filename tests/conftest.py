@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores; torch would take all of them
 
 from mllama_runtime import Engine
 

@@ -12,18 +12,20 @@ from pathlib import Path
 import onnx_ir as ir
 import onnxruntime as ort
 from mllama_runtime.errors import BundleError
+from onnx_ir.passes.common import ShapeInferencePass
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _LOG_ERRORS_ONLY = 3
 
 
-def activation_names(graph: ir.Graph) -> dict[str, str]:
-    """Every float tensor computed from pixels, embeddings or caches, each with the last weight used up to it.
+def activation_names(model: ir.Model) -> dict[str, str]:
+    """Every float tensor that a graph computes from pixels, embeddings or caches, with the last weight used up to it.
 
     Positions, their angles and masks are not among them. The weight says where in the model a tensor is, which names
     such as `Add_57_output_0` do not.
     """
+    graph = ShapeInferencePass()(model.clone()).model.graph  # files keep no types of what is inside
     moving = {value for value in graph.inputs if value.dtype in _FLOATS}
     names: dict[str, str] = {}
     weight = "no weight"
@@ -35,6 +37,8 @@ def activation_names(graph: ir.Graph) -> dict[str, str]:
             floats = [value for value in node.outputs if value.dtype in _FLOATS]
             moving.update(floats)
             names.update({value.name: weight for value in floats if value.name})
+    if not names:
+        raise RuntimeError(f"no types could be inferred in {graph.name}")
     return names
 
 

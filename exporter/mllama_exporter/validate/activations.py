@@ -27,9 +27,8 @@ class ObservedGraph:
 
     def __init__(self, bundle: Bundle, key: Literal["vision", "decoder"]) -> None:
         graphs = bundle.manifest.graphs
-        standard = ir.load(bundle.path(graphs[key].file))
         twin_key: Literal["vision_ort", "decoder_ort"] = "vision_ort" if key == "vision" else "decoder_ort"
-        self._weights = activation_names(standard.graph)
+        self._weights = activation_names(ir.load(bundle.path(graphs[key].file)))
         # Tensors the twin alone has are left out: they are never stored in the bundle's precision.
         model, self._tensors = observed(ir.load(bundle.path(graphs[twin_key].file)), list(self._weights))
         self._session = session_from_model(model, bundle.root)

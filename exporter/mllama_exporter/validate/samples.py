@@ -26,6 +26,8 @@ _QUESTIONS = (
     "What is in this picture?",
     "How many shapes do you see?",
 )
+_PLACES = ("top left", "top right", "bottom left", "bottom right")
+_NUM_SENTENCES = 90  # of the long prompt: more tokens than a chunk of prefill, and where slow rotary frequencies show
 _COLORS = ((220, 30, 30), (30, 140, 40), (40, 60, 220), (240, 210, 30), (130, 40, 160), (245, 140, 20))
 
 
@@ -64,6 +66,7 @@ def builtin_samples(vision: VisionConfig) -> list[Sample]:
             (last, odd.convert("RGBA")),
         ),
     ]
+    samples.append(Sample("long_prompt", [_turn("user", None, f"{_long_text()} What do you see?")], (first,)))
     return [*samples[:1], *others, *samples[1:]]  # so that a batch of neighbours is mixed
 
 
@@ -86,6 +89,13 @@ def drawn(tiles_high: int, tiles_wide: int, image_size: int, *, seed: int) -> Im
         draw = (pen.ellipse, pen.rectangle)[index % 2]
         draw((x - radius, y - radius, x + radius, y + radius), fill=_COLORS[int(rng.integers(len(_COLORS)))])
     return picture
+
+
+def _long_text() -> str:
+    rng = np.random.default_rng(104)
+    names = ("circle", "square", "star", "cross", "house", "table")
+    sentences = [f"The {rng.choice(names)} is at the {rng.choice(_PLACES)}." for _ in range(_NUM_SENTENCES)]
+    return " ".join(sentences)
 
 
 def _turn(role: str, *parts: str | None) -> Message:
