@@ -26,6 +26,8 @@ def activation_names(model: ir.Model) -> dict[str, str]:
     such as `Add_57_output_0` do not.
     """
     graph = ShapeInferencePass()(model.clone()).model.graph  # files keep no types of what is inside
+    if untyped := [value.name for node in graph for value in node.outputs if value.dtype is None]:
+        raise RuntimeError(f"no type could be inferred for {untyped[0]}, of {graph.name}")
     moving = {value for value in graph.inputs if value.dtype in _FLOATS}
     names: dict[str, str] = {}
     weight = "no weight"
@@ -37,8 +39,6 @@ def activation_names(model: ir.Model) -> dict[str, str]:
             floats = [value for value in node.outputs if value.dtype in _FLOATS]
             moving.update(floats)
             names.update({value.name: weight for value in floats if value.name})
-    if not names:
-        raise RuntimeError(f"no types could be inferred in {graph.name}")
     return names
 
 

@@ -146,8 +146,6 @@ def _use_group_query_attention(graph: ir.Graph, attentions: list[ir.Node], confi
 def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: ModelConfig) -> None:
     """Cross-attention: B batch, H query heads, G key/value heads, S new tokens, R = T*P rows, D head_dim."""
     text = config.text
-    if not attentions:
-        return
     group = text.num_heads // text.num_kv_heads
     shared = _Builder(graph, attentions[0], "cross_attention")
     mask = attentions[0].inputs[3]  # bool [B, 1, S, R]
@@ -176,8 +174,6 @@ def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: Mod
 
 def _skip_without_pictures(graph: ir.Graph, config: ModelConfig) -> None:
     """Put every cross-attention layer into the branch of an If, whose other branch passes the residual through."""
-    if not config.text.cross_attention_layers:
-        return
     has_image = next(value for value in graph.inputs if value.name == "has_image")
     shared = _Builder(graph, graph[0], "has_image")
     as_number = shared.add("Cast", [has_image], {"to": ir.DataType.INT32})

@@ -97,11 +97,6 @@ def image_visibility(token_ids: Sequence[int], image_token_id: int, num_tiles: S
     return (first_seen <= picture) & (picture < num_seen)
 
 
-def next_visibility(visibility: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """The row [1, tiles] of every generated token: it sees what the prompt's last token sees."""
-    return visibility[-1:]
-
-
 def _checked(prompt: Prompt, tokenizer: Tokenizer) -> Prompt:
     num_markers = prompt.token_ids.count(tokenizer.image_token_id)
     if num_markers != len(prompt.images):

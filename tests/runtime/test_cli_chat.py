@@ -11,7 +11,7 @@ from typing import Any
 import mllama_runtime.cli.chat as chat_module
 import pytest
 from click.testing import CliRunner, Result
-from mllama_runtime import Engine, SamplingParams
+from mllama_runtime import Engine, SamplingParams, Stream
 from mllama_runtime.backends.ort import OrtBackend, OrtFeatures
 from mllama_runtime.cli import main
 from mllama_runtime.preprocessing import ImageTiles
@@ -179,6 +179,27 @@ def test_a_turn_that_breaks_off_is_dropped_with_its_picture(
 
     monkeypatch.setattr(chat_module, "write_answer", fails)
     assert talk(bundle, f"/image {picture}", "What is this?", "Hi").stdout == expected
+
+
+@pytest.mark.parametrize("num_tokens", [0, 2])
+def test_a_stopped_answer_is_kept_as_far_as_it_came(
+    bundle: Path, engine: Engine, asked: list[Asked], monkeypatch: pytest.MonkeyPatch, num_tokens: int
+) -> None:
+    """Stand-in for a person: Ctrl-C after so many tokens of the first answer."""
+    write = chat_module.write_answer
+
+    def stopped(stream: Stream) -> None:
+        monkeypatch.setattr(chat_module, "write_answer", write)
+        for _ in range(num_tokens):
+            next(stream)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat_module, "write_answer", stopped)
+    (token_id,) = engine.tokenizer.encode("s", special=False)
+    result = talk(bundle, "One", "Two", options=("--max-new-tokens", "3", "--logit-bias", f"{token_id}=100"))
+    kept = [user("One"), assistant("s" * num_tokens)] if num_tokens else []
+    assert asked == [([user("One")], None), ([*kept, user("Two")], None)]
+    assert result.stderr.splitlines()[0] == "stopped"
 
 
 def test_special_tokens_are_text(bundle: Path, engine: Engine) -> None:

@@ -264,6 +264,13 @@ def test_signals_and_closed_pipes(bundle: Path, engine: Engine, event: signal.Si
     assert error == (b"mllama: interrupted\n" if event == signal.SIGINT else b"")
 
 
+def test_closed_streams_are_no_reason_to_fail(bundle: Path) -> None:
+    script = "from mllama_runtime.cli import main; main()"
+    command = [sys.executable, "-c", script, "generate", str(bundle), "--prompt", "Hi", *SHORT]
+    done = subprocess.run(["sh", "-c", '"$@" <&- >&-', "sh", *command], stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def png_claiming(width: int, height: int) -> bytes:
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

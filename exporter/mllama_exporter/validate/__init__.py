@@ -5,8 +5,8 @@ print(report.to_text())
 """
 
 from mllama_exporter.validate.checks import Check
-from mllama_exporter.validate.pipeline import DEFAULT_STEPS, report_from_bundle
+from mllama_exporter.validate.pipeline import report_from_bundle
 from mllama_exporter.validate.report import REPORT_NAME, Report
 from mllama_exporter.validate.task import questions_from_jsonl
 
-__all__ = ["DEFAULT_STEPS", "REPORT_NAME", "Check", "Report", "questions_from_jsonl", "report_from_bundle"]
+__all__ = ["REPORT_NAME", "Check", "Report", "questions_from_jsonl", "report_from_bundle"]

@@ -75,8 +75,9 @@ def observations_from_run(candidate: Candidate, run: ReferenceRun) -> Iterator[O
     features = [candidate.backend.encode(each) for each in tiles]
     cross = joined([each.arrays() for each in features])
     logits, past = _teacher_forced(candidate, run, candidate.visibility(inputs, tiles), features)
+    tensors = {**cross, **past}
     for key, expected in {**run.cross, **run.past}.items():
-        yield Observation(key, relative_error({**cross, **past}[key], expected), name)
+        yield Observation(key, relative_error(tensors.get(key, np.empty(0)), expected), name)
     yield Observation("prefill_logits", relative_error(logits[0], run.logits[0]), name)
     agreed = logits.argmax(axis=1) == run.logits.argmax(axis=1)
     divergences = kl_divergences(logits, run.logits)
@@ -84,8 +85,7 @@ def observations_from_run(candidate: Candidate, run: ReferenceRun) -> Iterator[O
         yield Observation("teacher_forced_top1", float(same), name, f"step {step}")
         yield Observation("teacher_forced_kl_mean", divergence, name, f"step {step}")
         yield Observation("teacher_forced_kl", divergence, name, f"step {step}")
-    tensors = [logits, *cross.values(), *past.values()]
-    num_nonfinite = sum(int(np.size(array) - np.isfinite(array).sum()) for array in tensors)
+    num_nonfinite = sum(int((~np.isfinite(array)).sum()) for array in (logits, *tensors.values()))
     yield Observation("num_nonfinite", num_nonfinite, name)
 
 

@@ -66,25 +66,27 @@ class Tolerance:
     identical: float
 
 
-# Measured on the trained miniature (6 text layers, 13 samples, 243 steps); in brackets, on random weights of the same
-# width in 40 text and 40 vision layers, to see what depth adds.
+# Measured on the trained miniature (6 text layers, 14 samples, 241 steps); in brackets, on random weights of the same
+# width in 40 text and 40 vision layers, to see what depth adds. Wider models sum longer rows: their error grows with
+# the square root of the width, four times from the miniature's to the 11B model's. Tokens were identical throughout;
+# real models have closer calls than the miniature.
 
-# Float32 arithmetic on the checkpoint's own numbers. Tensors 1.6e-6 (2.2e-6), logits 1.0e-6 (1.5e-6), KL 2.0e-11, mean
-# 3.6e-13, everything identical.
+# Float32 arithmetic on the checkpoint's own numbers: tensors 1.3e-6 (2.2e-6), logits 1.4e-6 (1.5e-6), KL 4.0e-11, mean
+# 6.8e-13.
 EXACT = Tolerance(tensors=2e-5, logits=2e-5, kl=1e-7, kl_mean=1e-8, top1=1, identical=1)
 
-# Float32 arithmetic on weights rounded to FP16, from a float32 checkpoint: tensors 8.1e-4, logits 2.0e-4, KL 1.9e-5,
+# Float32 arithmetic on weights rounded to FP16, from a float32 checkpoint: tensors 8.1e-4, logits 6.6e-4, KL 1.9e-5,
 # mean 1.8e-7.
-FP16_WEIGHTS = Tolerance(tensors=4e-3, logits=2e-3, kl=1e-3, kl_mean=1e-5, top1=0.99, identical=0.9)
+FP16_WEIGHTS = Tolerance(tensors=4e-3, logits=4e-3, kl=1e-3, kl_mean=1e-5, top1=0.99, identical=0.9)
 
-# Float32 arithmetic on weights rounded to BF16, from a float32 checkpoint: tensors 7.3e-3, logits 2.8e-3, KL 2.0e-3,
+# Float32 arithmetic on weights rounded to BF16, from a float32 checkpoint: tensors 7.0e-3, logits 1.0e-2, KL 2.0e-3,
 # mean 1.4e-5.
-BF16_WEIGHTS = Tolerance(tensors=3e-2, logits=1e-2, kl=2e-2, kl_mean=2e-4, top1=0.97, identical=0.75)
+BF16_WEIGHTS = Tolerance(tensors=3e-2, logits=4e-2, kl=2e-2, kl_mean=2e-4, top1=0.97, identical=0.75)
 
-# FP16 arithmetic. Tensors 3.2e-3 (2.0e-3), logits 5.5e-4 (1.1e-3), KL 2.4e-5, mean 2.7e-7. Tokens were identical; real
-# models have closer calls.
+# FP16 arithmetic: tensors 3.3e-3 (2.0e-3), logits 1.9e-3 (1.1e-3), KL 2.5e-5, mean 5.4e-7.
 FP16 = Tolerance(tensors=1e-2, logits=1e-2, kl=1e-2, kl_mean=1e-4, top1=0.98, identical=0.75)
 
+# Of the share of right answers, below the reference's on the same questions.
 TASK_ACCURACY_DROP: Mapping[Precision, float] = {"fp32": 0.0, "fp16": 0.01, "bf16": 0.01}
 
 
