@@ -1,4 +1,4 @@
-"""The reference: unmodified transformers, one request at a time, in float32.
+"""The reference: unmodified transformers, one request at a time, in float32 or float64.
 
 A named stand-in for nothing: this is the real model. `Reference` only arranges its inputs and outputs.
 """
@@ -26,9 +26,9 @@ class ReferenceStep:
 
 
 class Reference:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        self.model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         self.cross_layers = self.model.config.text_config.cross_attention_layers
 
     @torch.no_grad()
@@ -53,6 +53,7 @@ class Reference:
         inputs = {"input_ids": torch.tensor([list(token_ids)])}
         if images:
             inputs["pixel_values"] = torch.tensor(np.stack([tiles.pixel_values for tiles in images]))[None]
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
             inputs["aspect_ratio_ids"] = torch.tensor([[tiles.aspect_ratio_id for tiles in images]])
             inputs["aspect_ratio_mask"] = torch.tensor(np.stack([tiles.aspect_ratio_mask for tiles in images]))[None]
             by_image = mask.reshape(1, len(token_ids), len(images), -1)

@@ -2,7 +2,8 @@
 
 Four rewrites, each for a measured reason (design: the graphs):
 - a low-precision graph computes in float32 from its low-precision weights: ONNX Runtime's CPU provider has no bfloat16
-  kernels, and inserts casts around most float16 ones;
+  kernels, and inserts casts around most float16 ones. It folds the casts at load, so a session takes the memory of
+  float32 weights; and for a GPU, where the kernels exist, such a twin is the wrong graph;
 - scatter + self-attention becomes GroupQueryAttention over the same cache buffers: the standard operator computes over
   the whole cache axis whatever the lengths say;
 - cross-attention becomes two matrix products that fold a key/value head's query heads into the row axis: the standard

@@ -14,7 +14,7 @@ from mllama_runtime.bundle_writer import BundleWriter
 from mllama_runtime.chat import ChatTemplate
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.errors import CheckpointError, InputError
-from mllama_runtime.preprocessing import PreprocessorConfig
+from mllama_runtime.preprocessing import PreprocessorConfig, supported_aspect_ratios
 from mllama_runtime.tokenizer import Tokenizer
 
 from mllama_exporter.hf_config import read_json_object
@@ -42,7 +42,7 @@ def write_text_files(folder: Path, writer: BundleWriter, config: ModelConfig) ->
     _write_json(writer, "generation.json", {"eos_token_ids": eos_token_ids, "token_variables": variables})
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name.upper().startswith(_LICENCE_PREFIXES):
-            (writer.path / path.name).write_bytes(path.read_bytes())
+            (writer.path / path.name).write_bytes(_checked(path, path.read_bytes))
             writer.add_file(path.name)
 
 
@@ -56,12 +56,13 @@ def _tokenizer(folder: Path, writer: BundleWriter, config: ModelConfig) -> Token
             expected=config.image_token_id,
             found=tokenizer.image_token_id,
         )
-    if tokenizer.vocab_size > config.text.num_embeddings:
+    largest_id = max(tokenizer.backend.get_vocab(with_added_tokens=True).values())
+    if largest_id >= config.text.num_embeddings:
         raise CheckpointError(
-            "more tokens than the model has embeddings",
+            "a token has no embedding",
             where=path,
-            expected=f"at most {config.text.num_embeddings}",
-            found=tokenizer.vocab_size,
+            expected=f"ids below {config.text.num_embeddings}",
+            found=largest_id,
         )
     (writer.path / path.name).write_bytes(path.read_bytes())
     writer.add_file(path.name)
@@ -85,6 +86,11 @@ def _preprocessor(folder: Path, config: ModelConfig) -> PreprocessorConfig:
     for field, found, expected in (
         ("size", preprocessor.image_size, config.vision.image_size),
         ("max_image_tiles", preprocessor.max_num_tiles, config.vision.max_num_tiles),
+        (
+            "the canvases of max_image_tiles",
+            list(supported_aspect_ratios(preprocessor.max_num_tiles)),
+            list(config.vision.supported_aspect_ratios),
+        ),
     ):
         if found != expected:
             raise CheckpointError("not what config.json says", where=f"{path}: {field}", expected=expected, found=found)

@@ -86,14 +86,14 @@ class Bundle:
         return cls(root, Manifest.from_json(data, where))
 
     @classmethod
-    def open(cls, path: Path) -> Bundle:
-        """Read the manifest and check the files quickly: what every session does first.
+    def open(cls, path: Path, *, full: bool = False) -> Bundle:
+        """Read the manifest and check the files, as `verify` does: what every session does first.
 
         Raises:
             BundleError: naming the first file that is wrong.
         """
         bundle = cls.read(path)
-        problems = [problem for problem in bundle.verify(full=False).problems if not bundle._is_leftover(problem.path)]
+        problems = [problem for problem in bundle.verify(full=full).problems if not bundle._is_leftover(problem.path)]
         if problems:
             first, others = problems[0], len(problems) - 1
             raise BundleError(

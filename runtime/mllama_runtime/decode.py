@@ -85,6 +85,7 @@ def events_from_rows(slots: Slots, rows: Sequence[Row], mask_semantics: MaskSema
     for index, row in enumerate(rows):
         start = time.perf_counter()
         logits = prefill(slots, index, row, mask_semantics)
+        row.features = ()  # the slot has its own copy, without padding tiles
         event = row.accept(index, row.sampler.sample(logits))
         row.prefill_seconds = time.perf_counter() - start
         yield event

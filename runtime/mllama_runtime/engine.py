@@ -19,9 +19,9 @@ from mllama_runtime.backends import Backend, Features, backend_from_bundle
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.chat import ChatTemplate, messages_from, tools_from
 from mllama_runtime.decode import FinishReason, Row, TokenEvent, events_from_rows
-from mllama_runtime.errors import BundleError, GateError, RequestError, UsageError
+from mllama_runtime.errors import BundleError, RequestError, UsageError
 from mllama_runtime.fields import load_json, parse
-from mllama_runtime.images import DEFAULT_MAX_PIXELS, ImageSource, load_image
+from mllama_runtime.images import ImageSource, load_image
 from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
 from mllama_runtime.prompt import Prompt, image_visibility, prompt_from_messages, prompt_from_text
 from mllama_runtime.sampling import Sampler, SamplingParams
@@ -59,6 +59,8 @@ class Request:
         system: a system message to put first.
         tools: tools the model may call, as JSON-schema functions.
         sampling: how to choose tokens.
+        date_string: the date a chat template writes, such as "01 Jan 2026"; by default today's, so that a prompt with
+            a system message is another one tomorrow.
         raw: continue `prompt` as it stands, without chat template; `<|image|>` in it is a picture's place. Bundles of
             base models have no template and always do this.
     """
@@ -68,6 +70,7 @@ class Request:
     system: str | None = None
     tools: Sequence[Mapping[str, Any]] | None = None
     sampling: SamplingParams = SamplingParams()  # noqa: RUF009 - frozen
+    date_string: str | None = None
     raw: bool = False
 
 
@@ -141,13 +144,12 @@ class Engine:
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version.
-            GateError: a file is not what the manifest says.
             EnvironmentFault: no back end is installed.
+            UsageError: an argument is none of the above.
         """
-        opened = Bundle.open(Path(bundle))
-        problems = opened.verify(full=verify == "full").problems
-        if problems:
-            raise GateError(f"the bundle is damaged: {'; '.join(map(str, problems))}", where=bundle)
+        if verify not in ("full", "quick"):
+            raise UsageError("unknown check", where="verify", expected="full or quick", found=repr(verify))
+        opened = Bundle.open(Path(bundle), full=verify == "full")
         return cls(opened, backend_from_bundle(opened, backend, num_threads))
 
     def __enter__(self) -> Self:
@@ -170,7 +172,10 @@ class Engine:
         return self.generate_batch([Request(prompt, **options)])[0]
 
     def generate_batch(self, requests: Sequence[Request]) -> list[Generation]:
-        """Answer several requests together, each exactly as if it were alone."""
+        """Answer several requests together, each exactly as if it were alone.
+
+        A request that cannot be answered raises for all of them; see `generate` for what.
+        """
         if not requests:
             return []
         with self._stream(requests) as stream:
@@ -191,6 +196,12 @@ class Engine:
 
     def prompt(self, request: Request) -> Prompt:
         """The request's token ids and pictures, as the model will see them. Raises RequestError."""
+        if not isinstance(request.images, list | tuple):  # an array or a string would be taken apart into pictures
+            found, hint = type(request.images).__name__, "put a single picture in a list: images=[picture]"
+            raise RequestError("is not a list of pictures", where="images", found=found, hint=hint)
+        if not isinstance(request.prompt, str | list | tuple):
+            expected, found = "text, or a list of messages", type(request.prompt).__name__
+            raise RequestError("cannot be answered", where="prompt", expected=expected, found=found)
         if request.raw or self._template is None:
             return self._raw_prompt(request)
         if isinstance(request.prompt, str):
@@ -210,6 +221,7 @@ class Engine:
             tokenizer=self.tokenizer,
             images=request.images,
             tools=None if request.tools is None else tools_from(request.tools),
+            variables=None if request.date_string is None else {"date_string": request.date_string},
         )
 
     def _raw_prompt(self, request: Request) -> Prompt:
@@ -236,7 +248,7 @@ class Engine:
             return image
         self._require_open()
         start = time.perf_counter()
-        tiles = preprocess(load_image(image, max_pixels=DEFAULT_MAX_PIXELS), self._preprocessor)  # type: ignore[arg-type]
+        tiles = preprocess(load_image(image), self._preprocessor)  # type: ignore[arg-type]
         encoding = time.perf_counter()
         features = self._backend.encode(tiles)
         clock.preprocess_seconds += encoding - start

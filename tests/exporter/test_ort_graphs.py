@@ -20,12 +20,13 @@ def model(bundle_of) -> ModelConfig:
     return Bundle.open(bundle_of()).manifest.model
 
 
-@pytest.fixture(scope="module")
-def sessions(bundle_of) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+@pytest.fixture(scope="module", params=["hf", "meta"])
+def sessions(request: pytest.FixtureRequest, bundle_of) -> tuple[ort.InferenceSession, ort.InferenceSession]:
+    bundle = bundle_of("fp32", request.param)
     options = ort.SessionOptions()
     options.log_severity_level = 3  # unbound caches are copied, and ONNX Runtime says so for each
     options.intra_op_num_threads = 1
-    return tuple(ort.InferenceSession(bundle_of() / name, options) for name in ("decoder.onnx", "decoder.ort.onnx"))
+    return tuple(ort.InferenceSession(bundle / name, options) for name in ("decoder.onnx", "decoder.ort.onnx"))
 
 
 def inputs(model: ModelConfig, lengths: list[int], seq: int, num_tiles: int, *, seed: int = 0) -> dict[str, np.ndarray]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
-from mllama_runtime import Engine, Request, RequestError, SamplingParams, UsageError
+from mllama_runtime import BundleError, Engine, Request, RequestError, ResourceError, SamplingParams, UsageError
 from mllama_runtime import decode as decode_module
 from mllama_runtime.backends.ort import OrtBackend
 from PIL import Image
@@ -155,6 +157,68 @@ def test_empty_prompts_and_pictures_without_a_place_are_refused(engine: Engine) 
         engine.generate("<|image|>What?", raw=True)
     with pytest.raises(RequestError, match="expected 0, found 1"):
         engine.generate("What?", raw=True, images=[picture(0)])
+
+
+@pytest.mark.parametrize("images", [np.zeros((4, 4, 3), np.uint8), "photo.jpg", b"bytes", picture(0)], ids=type)
+def test_a_single_picture_is_not_taken_apart(engine: Engine, images: object) -> None:
+    with pytest.raises(RequestError, match=r"images: is not a list of pictures.*images=\[picture\]"):
+        engine.generate("What?", images=images)
+
+
+def test_arguments_of_a_wrong_kind_are_refused(engine: Engine, bundle_of) -> None:
+    with pytest.raises(RequestError, match=r"prompt: cannot be answered.*found int"):
+        engine.generate(5)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="verify: unknown check: expected full or quick, found 'fulll'"):
+        Engine.load(bundle_of(), verify="fulll")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="num_threads"):
+        Engine.load(bundle_of(), num_threads=0)
+    with pytest.raises(UsageError, match="backend: unknown back end"):
+        Engine.load(bundle_of(), backend="tpu")
+
+
+def test_the_date_of_a_template_can_be_pinned(engine: Engine) -> None:
+    def text(date: str | None) -> str:
+        prompt = engine.prompt(Request("Hello", system="Be short.", date_string=date))
+        return engine.tokenizer.decode(prompt.token_ids)
+
+    assert "Today Date: 01 Jan 2026" in text("01 Jan 2026")
+    assert "01 Jan 2026" not in text(None)
+
+
+@pytest.mark.parametrize("verify", ["full", "quick"])
+def test_damage_is_refused_before_use(bundle_of, tmp_path: Path, verify: str) -> None:
+    damaged = shutil.copytree(bundle_of(), tmp_path / "damaged")
+    data = bytearray((damaged / "decoder.ort.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / "decoder.ort.onnx").write_bytes(data)
+    with pytest.raises(BundleError, match=r"decoder\.ort\.onnx: wrong content"):
+        Engine.load(damaged, verify=verify)  # type: ignore[arg-type]
+
+
+def test_what_an_interrupted_validation_leaves_does_not_stop_a_service(bundle_of, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle_of(), tmp_path / "copy")
+    (copy / "reports").mkdir(exist_ok=True)
+    (copy / "reports" / ".validation.json.partial-0123abcd").write_text("{")
+    with Engine.load(copy, num_threads=1) as engine:
+        assert engine.generate("Hello", sampling=GREEDY).token_ids
+
+
+def test_a_bundle_without_the_back_ends_graphs_says_so(bundle_of, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle_of(), tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["graphs"]["vision_ort"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match="no graph vision_ort"), Engine.load(copy):
+        pass
+
+
+def test_running_out_of_memory_is_a_resource_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(self: object, binding: object) -> None:  # a double: a machine whose memory is used up
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 99")
+
+    monkeypatch.setattr(ort.InferenceSession, "run_with_iobinding", exhausted)
+    with pytest.raises(ResourceError, match="not enough memory for a step of 1 rows"):
+        engine.generate("Hello", sampling=GREEDY)
 
 
 def test_special_tokens_in_a_question_are_text(engine: Engine) -> None:

@@ -6,7 +6,8 @@ Dimensions: N slots, B batch, G key/value heads, C cache length, T tiles, P num_
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -18,11 +19,12 @@ from numpy.typing import NDArray
 from mllama_runtime.backends import Features
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
-from mllama_runtime.errors import BundleError, ResourceError, UsageError
+from mllama_runtime.errors import BundleError, MllamaError, ResourceError, UsageError
 from mllama_runtime.preprocessing import ImageTiles
 
 Array = NDArray[Any]
-_LOG_ERRORS_ONLY = 3
+_LOG_FATAL_ONLY = 4  # what fails is raised, and said once
+_OUT_OF_MEMORY = ("Failed to allocate", "bad allocation", "bad_alloc")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -48,7 +50,9 @@ class OrtBackend:
 
     def __init__(self, bundle: Bundle, num_threads: int | None = None, *, standard: bool = False) -> None:
         self._bundle, self._suffix = bundle, "" if standard else "_ort"
-        self._num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._num_threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
+        if self._num_threads < 1:
+            raise UsageError("too few threads", where="num_threads", expected="1 or more", found=num_threads)
         self._vision: ort.InferenceSession | None = None
         self._decoder: ort.InferenceSession | None = None
 
@@ -70,28 +74,29 @@ class OrtBackend:
             "aspect_ratio_mask": tiles.aspect_ratio_mask[None],
         }
         names = [output.name for output in session.get_outputs()]
-        return OrtFeatures(tiles.key, tiles.num_tiles, dict(zip(names, session.run(names, inputs), strict=True)))
+        with _memory_faults("not enough memory to encode the picture"):
+            outputs = session.run(names, inputs)
+        return OrtFeatures(tiles.key, tiles.num_tiles, dict(zip(names, outputs, strict=True)))
 
     def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> OrtSlots:
         model = self._bundle.manifest.model
-        try:
+        with _memory_faults(f"not enough memory for the key/value cache of {num_slots} rows of {cache_len} tokens"):
             return OrtSlots(_opened(self._decoder), model, num_slots, cache_len, num_tiles)
-        except MemoryError as error:
-            raise ResourceError(
-                "not enough memory for the key/value cache",
-                found=f"{num_slots} rows of {cache_len} tokens",
-                hint="lower max_new_tokens or run fewer rows at a time",
-            ) from error
 
     def _session(self, graph: Literal["vision", "decoder"]) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.intra_op_num_threads = self._num_threads
-        options.log_severity_level = _LOG_ERRORS_ONLY
-        path = self._bundle.path(self._bundle.manifest.graphs[f"{graph}{self._suffix}"].file)  # type: ignore[index]
+        options.log_severity_level = _LOG_FATAL_ONLY
+        key, graphs = f"{graph}{self._suffix}", self._bundle.manifest.graphs
+        file = {str(known): spec.file for known, spec in graphs.items()}.get(key)
+        if file is None:
+            raise BundleError(f"the bundle has no graph {key}", where=self._bundle.root, hint="export it again")
+        path = self._bundle.path(file)
         try:
-            return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        except MemoryError as error:
-            raise ResourceError("not enough memory to load the graph", where=path) from error
+            with _memory_faults("not enough memory to load the graph", where=path):
+                return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        except MllamaError:
+            raise
         except Exception as error:  # ONNX Runtime raises its own types, which share no base class
             raise BundleError("ONNX Runtime cannot load the graph", where=path, found=str(error)) from error
 
@@ -105,7 +110,7 @@ class OrtSlots:
         text, self._num_patches = model.text, model.vision.num_patches
         self._session, self._num_tiles, self._vocab_size = session, max(1, num_tiles), text.vocab_size
         heads, width = text.num_kv_heads, text.head_dim
-        dtypes = {value.name: _DTYPES.get(value.type, np.float32) for value in session.get_inputs()}
+        dtypes = {value.name: _DTYPES[value.type] for value in session.get_inputs() if value.type in _DTYPES}
         # np.zeros takes pages from the system as they are touched: an unused tail of the cache costs nothing.
         self._caches = {
             name: np.zeros((num_slots, heads, cache_len, width), dtype)
@@ -137,7 +142,8 @@ class OrtSlots:
         row = slice(slot, slot + 1)
         if with_padding_tiles:
             tensors = [_own(feature).tensors for feature in features]
-            cross = {name: _joined([each[name] for each in tensors]) for name in self._cross}
+            with _memory_faults("not enough memory for the pictures' keys and values"):
+                cross = {name: _joined([each[name] for each in tensors]) for name in self._cross}
             num_tiles = next(iter(cross.values())).shape[2] // self._num_patches
             mask = np.zeros((1, len(token_ids), num_tiles), np.bool_)
         else:
@@ -216,8 +222,21 @@ class _Step:
         self._token_ids[:] = token_ids
         self._write_indices[:] = positions
         self._kv_lengths[:] = positions + token_ids.shape[1]
-        self._session.run_with_iobinding(self._binding)
+        with _memory_faults(f"not enough memory for a step of {self.batch} rows of {token_ids.shape[1]} tokens"):
+            self._session.run_with_iobinding(self._binding)
         return self._logits
+
+
+@contextmanager
+def _memory_faults(what: str, where: object = None) -> Iterator[None]:
+    """Turn numpy's and ONNX Runtime's ways to say that memory ran out into ours."""
+    try:
+        yield
+    except Exception as error:  # ONNX Runtime raises its own types, which share no base class
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            hint = "use fewer rows, a shorter prompt or fewer new tokens, or a larger machine"
+            raise ResourceError(what, where=where, hint=hint) from error
+        raise
 
 
 def _joined(arrays: Sequence[Array]) -> Array:

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mllama_runtime.backends import Backend, backend_from_bundle
+from mllama_runtime.backends import BACKENDS, Backend, backend_from_bundle
 from mllama_runtime.bench import DecodeCase, decode_seconds, prefill_seconds, sample_tiles, vision_seconds
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
@@ -26,7 +26,7 @@ _COLUMNS = ("what", "ms", "tokens/s")
 )
 @click.option("--prompt-len", type=click.IntRange(1), default=256, show_default=True, help="Tokens of a prefill.")
 @click.option("--steps", type=click.IntRange(1), default=32, show_default=True, help="Decode steps measured.")
-@click.option("--backend", default="auto", show_default=True, help="cpu, or auto for the best one installed.")
+@click.option("--backend", type=click.Choice(BACKENDS), default="auto", show_default=True, help="What runs the graphs.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; by default all there are.")
 @json_option
 def command(
