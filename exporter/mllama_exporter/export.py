@@ -19,6 +19,7 @@ from mllama_runtime.bundle import Bundle
 from mllama_runtime.bundle_writer import BundleWriter
 from mllama_runtime.config import MaskSemantics, ModelConfig
 from mllama_runtime.errors import BundleError
+from mllama_runtime.fields import printable
 from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
 from mllama_runtime.tensorfile import TensorFile, read_header
 
@@ -153,7 +154,7 @@ def _manifest(
     report: WeightsReport,
 ) -> Manifest:
     return Manifest(
-        name=checkpoint.folder.resolve().name,
+        name=printable(checkpoint.folder.resolve().name),  # a folder may be called anything
         model=config,
         mask_semantics=options.mask_semantics,
         precision=options.precision,

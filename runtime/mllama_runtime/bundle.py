@@ -69,7 +69,10 @@ class Bundle:
         Raises:
             BundleError: no folder, no manifest, or one that is wrong.
         """
-        root = path.resolve()
+        try:
+            root = path.resolve()
+        except (OSError, ValueError, RuntimeError) as fault:  # a deleted working folder, a null character, a loop
+            raise BundleError(f"cannot be found ({fault})", where=path) from fault
         where = root / MANIFEST_NAME
         try:
             if not stat.S_ISREG(where.lstat().st_mode):

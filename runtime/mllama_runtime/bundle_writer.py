@@ -33,7 +33,10 @@ class BundleWriter:
     """
 
     def __init__(self, output: Path, *, not_inside: Path | None = None) -> None:
-        self.output = output.resolve()
+        try:
+            self.output = output.resolve()
+        except (OSError, ValueError, RuntimeError) as fault:  # a deleted working folder, a null character, a loop
+            raise InputError(f"cannot be found ({fault})", where=output) from fault
         self.path = partial_path(self.output)
         self._files: dict[str, FileEntry] = {}
         self._committed = False

@@ -176,7 +176,7 @@ class Engine:
 
         A request that cannot be answered raises for all of them; see `generate` for what.
         """
-        if not requests:
+        if not (requests := list(requests)):
             return []
         with self._stream(requests) as stream:
             for _ in stream:

@@ -85,8 +85,15 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            optimized=False,  # constants would be computed while loading, out of reach of every limit
+            extensions=[_GenerationBlock, jinja2.ext.loopcontrols],
+        )
         del self.globals["lipsum"]
+        for name in ("batch", "center", "format", "slice"):  # of a number they make gigabytes, in one go
+            del self.filters[name]
         self.globals.update(
             raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_new_dict, namespace=_Namespace
         )

@@ -111,6 +111,7 @@ def test_a_truncated_model_runs(miniature: Path, tmp_path: Path) -> None:
 
 
 def test_a_base_model_without_chat_template_continues_text(checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = checkpoint.rename(tmp_path / "any\n\x1b[31mname")  # whatever the folder is called
     (checkpoint / "chat_template.jinja").unlink()
     edit(checkpoint / "tokenizer_config.json", lambda config: config.pop("chat_template", None))
     bundle = bundle_from_checkpoint(checkpoint, tmp_path / "bundle", ExportOptions())

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from mllama_runtime.bundle import Bundle, Problem, Verification
+from mllama_runtime.bundle_writer import BundleWriter
 from mllama_runtime.errors import BundleError, InputError, UsageError
 from mllama_runtime.manifest import Validation
 
@@ -195,6 +196,20 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
     assert refusal(tmp_path / "absent").endswith("absent: no such folder")
     assert "cannot be read (Not a directory)" in refusal(tmp_path / "file")
     assert "manifest.json: the manifest is empty" in refusal(make_empty_manifest(tmp_path))
+    (tmp_path / "loop").symlink_to("loop")
+    for path in (tmp_path / "loop", Path("null\0character")):
+        with pytest.raises(BundleError):
+            Bundle.read(path)
+
+
+def test_a_working_folder_that_was_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(BundleError, match=r"^bundle: cannot be found \("):
+        Bundle.read(Path("bundle"))
+    with pytest.raises(InputError, match=r"^bundle: cannot be found \("):
+        BundleWriter(Path("bundle"))
 
 
 def make_empty_manifest(tmp_path: Path) -> Path:

@@ -663,6 +663,16 @@ def test_hostile_templates_end_in_one_line(tokenizer, monkeypatch, source) -> No
     assert len(str(caught.value)) < 500
 
 
+@pytest.mark.parametrize("filtered", ["1 | batch(9)", "'x' | center(10 ** 9)", "'%9d' | format(1)", "[1] | slice(9)"])
+def test_filters_that_make_much_of_a_number_do_not_exist(tokenizer, filtered) -> None:
+    with pytest.raises(BundleError, match=r"is not a chat template.*No filter named"):
+        template_of(f"{{{{ {filtered} }}}}", tokenizer)
+
+
+def test_nothing_is_computed_while_a_template_is_loaded() -> None:
+    assert sandbox._Environment().optimized is False
+
+
 def test_long_conversations_stay_far_from_the_limits(template, other_template) -> None:
     messages = [
         message for _ in range(20) for message in (user("word " * 20_000), {"role": "assistant", "content": "a"})

@@ -239,6 +239,16 @@ def test_as_a_process(folder: Path) -> None:
     assert done.stdout.startswith("LICENSE: wrong content")
 
 
+def test_a_full_stdout_is_one_line(folder: Path) -> None:
+    with Path("/dev/full").open("w") as full:
+        for verb, name, code in (("verify", folder, 5), ("verify", folder / "absent", 3), ("nosuch", folder, 2)):
+            command = command_line(verb, name, "--json")
+            done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+            assert done.returncode == code
+            assert "Traceback" not in done.stderr
+            assert done.stderr.count("rror: ") == 1
+
+
 @pytest.mark.parametrize("write", ["click.echo('x')", "print('x')", "print('x' * 100_000)"])
 def test_a_reader_that_goes_away_is_no_error(write: str) -> None:
     script = (

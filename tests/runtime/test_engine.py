@@ -170,10 +170,17 @@ def test_arguments_of_a_wrong_kind_are_refused(engine: Engine, bundle_of) -> Non
         engine.generate(5)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="verify: unknown check: expected full or quick, found 'fulll'"):
         Engine.load(bundle_of(), verify="fulll")  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="num_threads"):
-        Engine.load(bundle_of(), num_threads=0)
+    for num_threads in (0, -1, 1025, 10**12):
+        with pytest.raises(UsageError, match="num_threads: too few or too many threads: expected 1 to 1024"):
+            Engine.load(bundle_of(), num_threads=num_threads)
     with pytest.raises(UsageError, match="backend: unknown back end"):
         Engine.load(bundle_of(), backend="tpu")
+
+
+def test_a_batch_may_be_any_iterable(engine: Engine) -> None:
+    requests = (Request(text, sampling=GREEDY) for text in ("Hello", "What comes after six?"))
+    assert len(engine.generate_batch(requests)) == 2  # type: ignore[arg-type]
+    assert engine.generate_batch(iter([])) == []  # type: ignore[arg-type]
 
 
 def test_the_date_of_a_template_can_be_pinned(engine: Engine) -> None:

@@ -23,6 +23,7 @@ from mllama_runtime.errors import BundleError, MllamaError, ResourceError, Usage
 from mllama_runtime.preprocessing import ImageTiles
 
 Array = NDArray[Any]
+_MAX_THREADS = 1024  # ONNX Runtime starts all that it is asked for, and thousands take minutes
 _LOG_FATAL_ONLY = 4  # what fails is raised, and said once
 _OUT_OF_MEMORY = ("Failed to allocate", "bad allocation", "bad_alloc")
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
@@ -51,8 +52,9 @@ class OrtBackend:
     def __init__(self, bundle: Bundle, num_threads: int | None = None, *, standard: bool = False) -> None:
         self._bundle, self._suffix = bundle, "" if standard else "_ort"
         self._num_threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
-        if self._num_threads < 1:
-            raise UsageError("too few threads", where="num_threads", expected="1 or more", found=num_threads)
+        if not 1 <= self._num_threads <= _MAX_THREADS:
+            expected = f"1 to {_MAX_THREADS}"
+            raise UsageError("too few or too many threads", where="num_threads", expected=expected, found=num_threads)
         self._vision: ort.InferenceSession | None = None
         self._decoder: ort.InferenceSession | None = None
 

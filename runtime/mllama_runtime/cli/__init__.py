@@ -88,8 +88,7 @@ class LazyGroup(click.Group):
                 click.echo("mllama: interrupted", err=True)
                 ctx.exit(130)
             except BrokenPipeError:
-                # The interpreter flushes stdout once more at its end, and must not fail again.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                _abandon_stdout()
                 ctx.exit(141)
             except Exception as fault:
                 _fail(ctx, fault)
@@ -153,7 +152,15 @@ def _for_people(fault: Exception, verb: Verb | None) -> MllamaError | None:
 
 def _echo_json(kind: str, code: int, message: str, **fields: object) -> None:
     texts = {name: None if value is None else str(value) for name, value in fields.items()}
-    click.echo(json.dumps({"error": {"type": kind, "exit_code": code, "message": message, **texts}}))
+    try:
+        click.echo(json.dumps({"error": {"type": kind, "exit_code": code, "message": message, **texts}}))
+    except OSError:  # stdout is full or gone, perhaps the very fault to be told: stderr still tells it
+        _abandon_stdout()
+
+
+def _abandon_stdout() -> None:
+    """The interpreter flushes stdout once more at its end, and must not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _make_streams_usable() -> None:
