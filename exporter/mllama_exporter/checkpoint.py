@@ -23,7 +23,7 @@ from mllama_runtime.errors import CheckpointError, UsageError
 from mllama_runtime.fields import show
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
 
-from .hf_config import model_config_from_hf, read_json_object
+from mllama_exporter.hf_config import model_config_from_hf, read_json_object
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]

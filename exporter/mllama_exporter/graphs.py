@@ -16,6 +16,7 @@ import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from mllama_runtime.config import MaskSemantics, ModelConfig
+from mllama_runtime.contract import Shape, decoder_shapes, vision_shapes
 from mllama_runtime.tensorfile import TensorFile
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
@@ -26,20 +27,10 @@ from mllama_exporter.modules.text import inverse_frequencies
 OPSET = 24  # the first with TensorScatter and with Attention's nonpad_kv_seqlen
 _PRODUCER = "mllama-deploy"
 
-Shape = tuple[int | str, ...]
-
 
 def vision_graph_from_config(config: ModelConfig, dtype: torch.dtype) -> ir.Model:
     """`vision.onnx`: pictures -> keys and values of every cross-attention layer (design: the vision graph)."""
-    vision, text = config.vision, config.text
-    inputs: dict[str, Shape] = {
-        "pixel_values": ("images", vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size),
-        "aspect_ratio_ids": ("images",),
-        "aspect_ratio_mask": ("images", vision.max_num_tiles),
-    }
-    rows = vision.max_num_tiles * vision.num_patches
-    key_value: Shape = ("images", text.num_kv_heads, rows, text.head_dim)
-    outputs = dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), key_value)
+    vision, (inputs, outputs) = config.vision, vision_shapes(config)
     images = Dim("images")
     with _fake_weights(dtype):
         module = VisionEncoder(config)
@@ -55,21 +46,7 @@ def vision_graph_from_config(config: ModelConfig, dtype: torch.dtype) -> ir.Mode
 def decoder_graph_from_config(config: ModelConfig, dtype: torch.dtype, mask_semantics: MaskSemantics) -> ir.Model:
     """`decoder.onnx`: new tokens, caches and cross keys and values -> logits and caches (design: the decoder graph)."""
     text, num_patches = config.text, config.vision.num_patches
-    cache: Shape = ("batch", text.num_kv_heads, "cache_len", text.head_dim)
-    cross: Shape = ("batch", text.num_kv_heads, f"{num_patches}*num_tiles", text.head_dim)
-    inputs: dict[str, Shape] = {
-        "input_ids": ("batch", "seq"),
-        "write_indices": ("batch",),
-        "kv_lengths": ("batch",),
-        "logits_indices": ("batch",),
-        "cross_attention_mask": ("batch", "seq", "num_tiles"),
-        "has_image": ("batch",),
-    }
-    inputs |= dict.fromkeys(_key_value_names("past", text.self_attention_layers), cache)
-    inputs |= dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), cross)
-    outputs: dict[str, Shape] = {"logits": ("batch", text.vocab_size)}
-    outputs |= dict.fromkeys(_key_value_names("present", text.self_attention_layers), cache)
-
+    inputs, outputs = decoder_shapes(config)
     batch, seq, cache_len, num_tiles = Dim("batch"), Dim("seq"), Dim("cache_len"), Dim("num_tiles")
     num_past, num_cross = 2 * len(text.self_attention_layers), 2 * len(text.cross_attention_layers)
     with _fake_weights(dtype):
@@ -114,10 +91,6 @@ def weights_attached(model: ir.Model, weights: TensorFile, location: str) -> ir.
 
 
 _IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
-
-
-def _key_value_names(prefix: str, layers: tuple[int, ...]) -> list[str]:
-    return [f"{prefix}_{kind}_{layer}" for layer in layers for kind in ("key", "value")]
 
 
 def _static(shape: Shape) -> tuple[int, ...]:

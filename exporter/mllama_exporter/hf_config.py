@@ -63,6 +63,8 @@ def read_json_object(path: Path) -> Json:
         CheckpointError: the file is absent, unreadable, unreasonably large, not JSON, or not an object.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError("not a plain file", where=path)
         if (size := path.stat().st_size) > _MAX_JSON_BYTES:
             raise CheckpointError("too large", where=path, expected=f"at most {_MAX_JSON_BYTES} bytes", found=size)
         data = path.read_bytes()

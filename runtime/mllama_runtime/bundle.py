@@ -19,11 +19,11 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 
-from .disk import disk_faults, file_sha256, write_whole
-from .errors import BundleError, UsageError
-from .manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, Validation, is_inner_path
-from .onnxfile import external_tensors
-from .tensorfile import read_header
+from mllama_runtime.disk import disk_faults, file_sha256, write_whole
+from mllama_runtime.errors import BundleError, UsageError
+from mllama_runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, Validation, is_inner_path
+from mllama_runtime.onnxfile import external_tensors
+from mllama_runtime.tensorfile import read_header
 
 QUICK_HASH_BYTES = 64 * 2**20  # a quick check hashes files up to this size: graphs and tokenizer, not real weights
 

@@ -12,10 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from .bundle import Bundle
-from .disk import disk_error, disk_faults, file_sha256, is_full, partial_path, sync, write_whole
-from .errors import InputError, UsageError
-from .manifest import MANIFEST_NAME, FileEntry, Manifest, is_inner_path
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.disk import disk_error, disk_faults, file_sha256, is_full, partial_path, sync, write_whole
+from mllama_runtime.errors import InputError, UsageError
+from mllama_runtime.manifest import MANIFEST_NAME, FileEntry, Manifest, is_inner_path
 
 
 class BundleWriter:

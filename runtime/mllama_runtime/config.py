@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from .errors import InputError
+from mllama_runtime.errors import InputError
 
 MaskSemantics = Literal["hf", "meta"]
 """What a cross-attention layer does for a token that sees no picture: transformers' way or Meta's own."""

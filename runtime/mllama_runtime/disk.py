@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import InputError, ResourceError
+from mllama_runtime.errors import InputError, ResourceError
 
 _CHUNK_BYTES = 2**20
 

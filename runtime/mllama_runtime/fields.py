@@ -16,7 +16,7 @@ from functools import cache
 from reprlib import Repr
 from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from .errors import InputError
+from mllama_runtime.errors import InputError
 
 T = TypeVar("T")
 

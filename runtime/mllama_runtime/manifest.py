@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from .config import MaskSemantics, ModelConfig, check_model
-from .errors import BundleError
-from .fields import dump_json, is_clean, load_json, parse, show
+from mllama_runtime.config import MaskSemantics, ModelConfig, check_model
+from mllama_runtime.errors import BundleError
+from mllama_runtime.fields import dump_json, is_clean, load_json, parse, show
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"

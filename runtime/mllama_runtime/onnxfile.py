@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import BundleError
-from .fields import show
+from mllama_runtime.errors import BundleError
+from mllama_runtime.fields import show
 
 MAX_GRAPH_BYTES = 256 * 2**20  # weights live outside; a graph of the largest model has a few megabytes
 

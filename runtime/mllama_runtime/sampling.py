@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import GateError, RequestError, UsageError
+from mllama_runtime.errors import GateError, RequestError, UsageError
 
 MAX_STOP_STRINGS = 64  # each costs time per character of text
 MAX_LOGPROBS = 20  # the limit of OpenAI's interface

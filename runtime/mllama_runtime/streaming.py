@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders
 
-from .errors import BundleError
+from mllama_runtime.errors import BundleError
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .errors import InputError, UsageError
-from .fields import load_json, parse, show
+from mllama_runtime.errors import InputError, UsageError
+from mllama_runtime.fields import load_json, parse, show
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_RANK = 32

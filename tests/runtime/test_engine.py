@@ -219,6 +219,26 @@ def test_a_bundle_without_the_back_ends_graphs_says_so(bundle_of, tmp_path: Path
         pass
 
 
+@pytest.mark.parametrize(
+    ("path", "value", "tensor"),
+    [
+        (("text", "vocab_size"), 2048, "logits"),
+        (("text", "num_kv_heads"), 1, "(past|present|cross)_(key|value)_[0-9]"),
+        (("vision", "image_size"), 112, "(pixel_values|cross_(key|value)_[0-9])"),
+        (("vision", "max_num_tiles"), 8, "(pixel_values|aspect_ratio_mask|cross_(key|value)_[0-9])"),
+    ],
+)
+def test_a_manifest_that_disagrees_with_its_graphs_is_refused(
+    bundle_of, tmp_path: Path, path: tuple[str, str], value: int, tensor: str
+) -> None:
+    copy = shutil.copytree(bundle_of(), tmp_path / "copy")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["model"][path[0]][path[1]] = value
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=f"{tensor} is not what manifest.json makes of the model"), Engine.load(copy):
+        pass
+
+
 def test_running_out_of_memory_is_a_resource_error(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(self: object, binding: object) -> None:  # a double: a machine whose memory is used up
         raise RuntimeError("Failed to allocate memory for requested buffer of size 99")

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mllama_runtime.backends import Features
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
+from mllama_runtime.contract import decoder_shapes, vision_shapes
 from mllama_runtime.errors import BundleError, MllamaError, ResourceError, UsageError
 from mllama_runtime.preprocessing import ImageTiles
 
@@ -96,11 +97,26 @@ class OrtBackend:
         path = self._bundle.path(file)
         try:
             with _memory_faults("not enough memory to load the graph", where=path):
-                return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+                session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         except MllamaError:
             raise
         except Exception as error:  # ONNX Runtime raises its own types, which share no base class
             raise BundleError("ONNX Runtime cannot load the graph", where=path, found=str(error)) from error
+        shapes = vision_shapes if graph == "vision" else decoder_shapes
+        for expected, values in zip(
+            shapes(self._bundle.manifest.model), (session.get_inputs(), session.get_outputs()), strict=True
+        ):
+            found = {value.name: tuple(value.shape) for value in values}
+            for name in expected.keys() | found.keys():
+                if found.get(name) != expected.get(name):
+                    raise BundleError(
+                        f"{name} is not what manifest.json makes of the model",
+                        where=path,
+                        expected=expected.get(name, "no such tensor"),
+                        found=found.get(name, "no such tensor"),
+                        hint="export the bundle again",
+                    )
+        return session
 
 
 class OrtSlots:

@@ -24,10 +24,10 @@ from typing import Any, NoReturn
 
 import click
 
-from .. import __version__
-from ..disk import is_full
-from ..errors import EnvironmentFault, MllamaError, ResourceError
-from ..fields import printable
+from mllama_runtime import __version__
+from mllama_runtime.disk import is_full
+from mllama_runtime.errors import EnvironmentFault, MllamaError, ResourceError
+from mllama_runtime.fields import printable
 
 _JSON = "mllama.json"
 _BUG = 70  # EX_SOFTWARE of sysexits.h

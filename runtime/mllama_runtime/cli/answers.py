@@ -16,11 +16,11 @@ from typing import Any
 
 import click
 
-from ..backends import BACKENDS
-from ..engine import Engine, Stream
-from ..errors import MllamaError
-from ..sampling import SamplingParams
-from . import Decorated
+from mllama_runtime.backends import BACKENDS
+from mllama_runtime.cli import Decorated
+from mllama_runtime.engine import Engine, Stream
+from mllama_runtime.errors import MllamaError
+from mllama_runtime.sampling import SamplingParams
 
 _DEFAULTS = SamplingParams()
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but newline and tab

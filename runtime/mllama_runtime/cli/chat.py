@@ -13,13 +13,13 @@ from typing import Any
 
 import click
 
-from ..engine import EncodedImage, Engine, Generation
-from ..errors import BundleError, MllamaError, UsageError
-from ..fields import printable
-from ..sampling import SamplingParams
-from ..tokenizer import checked_text
-from . import example
-from .answers import engine_options, open_engine, sampling_options, write_answer
+from mllama_runtime.cli import example
+from mllama_runtime.cli.answers import engine_options, open_engine, sampling_options, write_answer
+from mllama_runtime.engine import EncodedImage, Engine, Generation
+from mllama_runtime.errors import BundleError, MllamaError, UsageError
+from mllama_runtime.fields import printable
+from mllama_runtime.sampling import SamplingParams
+from mllama_runtime.tokenizer import checked_text
 
 _HELP = """\
 In the session:

@@ -10,15 +10,15 @@ from typing import Any
 
 import click
 
-from ..chat import messages_from
-from ..engine import Generation
-from ..errors import RequestError, UsageError
-from ..fields import load_json, printable
-from ..images import URL_PREFIXES
-from ..sampling import SamplingParams
-from ..tokenizer import checked_text
-from . import example, json_option
-from .answers import echo_text, engine_options, open_engine, sampling_options, write_answer
+from mllama_runtime.chat import messages_from
+from mllama_runtime.cli import example, json_option
+from mllama_runtime.cli.answers import echo_text, engine_options, open_engine, sampling_options, write_answer
+from mllama_runtime.engine import Generation
+from mllama_runtime.errors import RequestError, UsageError
+from mllama_runtime.fields import load_json, printable
+from mllama_runtime.images import URL_PREFIXES
+from mllama_runtime.sampling import SamplingParams
+from mllama_runtime.tokenizer import checked_text
 
 _EXAMPLE = example(
     'mllama generate my-bundle --image cat.jpg --prompt "What is this?"',

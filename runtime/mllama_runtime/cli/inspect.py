@@ -10,11 +10,11 @@ from pathlib import Path
 
 import click
 
-from ..bundle import Bundle
-from ..config import ModelConfig
-from ..fields import printable, to_plain
-from ..manifest import GraphSpec, Manifest, TensorSpec
-from . import example, json_option
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.cli import example, json_option
+from mllama_runtime.config import ModelConfig
+from mllama_runtime.fields import printable, to_plain
+from mllama_runtime.manifest import GraphSpec, Manifest, TensorSpec
 
 Rows = list[tuple[str, ...]]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import click
 
-from ..bundle import Bundle, Verification
-from ..errors import GateError
-from ..fields import printable
-from . import example, json_option
+from mllama_runtime.bundle import Bundle, Verification
+from mllama_runtime.cli import example, json_option
+from mllama_runtime.errors import GateError
+from mllama_runtime.fields import printable
 
 
 @click.command(epilog=example("mllama verify my-bundle", "mllama verify my-bundle --quick --json"))

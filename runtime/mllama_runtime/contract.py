@@ -1,0 +1,48 @@
+"""The public names and shapes of the two graphs: what the exporter makes and what a back end expects to find.
+
+A string in a shape is a symbol; a multiple of one is written "1601*num_tiles". See the graphs' modules for meanings.
+"""
+
+from __future__ import annotations
+
+from mllama_runtime.config import ModelConfig
+
+Shape = tuple[int | str, ...]
+Shapes = dict[str, Shape]
+
+
+def vision_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Inputs and outputs of `vision.onnx`, in order."""
+    vision, text = config.vision, config.text
+    inputs: Shapes = {
+        "pixel_values": ("images", vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size),
+        "aspect_ratio_ids": ("images",),
+        "aspect_ratio_mask": ("images", vision.max_num_tiles),
+    }
+    rows = vision.max_num_tiles * vision.num_patches
+    key_value: Shape = ("images", text.num_kv_heads, rows, text.head_dim)
+    return inputs, dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), key_value)
+
+
+def decoder_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Inputs and outputs of `decoder.onnx`, in order."""
+    text = config.text
+    cache: Shape = ("batch", text.num_kv_heads, "cache_len", text.head_dim)
+    cross: Shape = ("batch", text.num_kv_heads, f"{config.vision.num_patches}*num_tiles", text.head_dim)
+    inputs: Shapes = {
+        "input_ids": ("batch", "seq"),
+        "write_indices": ("batch",),
+        "kv_lengths": ("batch",),
+        "logits_indices": ("batch",),
+        "cross_attention_mask": ("batch", "seq", "num_tiles"),
+        "has_image": ("batch",),
+    }
+    inputs |= dict.fromkeys(_key_value_names("past", text.self_attention_layers), cache)
+    inputs |= dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), cross)
+    outputs: Shapes = {"logits": ("batch", text.vocab_size)}
+    outputs |= dict.fromkeys(_key_value_names("present", text.self_attention_layers), cache)
+    return inputs, outputs
+
+
+def _key_value_names(prefix: str, layers: tuple[int, ...]) -> list[str]:
+    return [f"{prefix}_{kind}_{layer}" for layer in layers for kind in ("key", "value")]
