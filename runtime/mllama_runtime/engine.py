@@ -26,7 +26,7 @@ from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
 from mllama_runtime.prompt import Prompt, image_visibility, prompt_from_messages, prompt_from_text
 from mllama_runtime.sampling import Sampler, SamplingParams
 from mllama_runtime.streaming import TextStream
-from mllama_runtime.tokenizer import Tokenizer
+from mllama_runtime.tokenizer import Tokenizer, checked_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +199,9 @@ class Engine:
         if not isinstance(request.images, list | tuple):  # an array or a string would be taken apart into pictures
             found, hint = type(request.images).__name__, "put a single picture in a list: images=[picture]"
             raise RequestError("is not a list of pictures", where="images", found=found, hint=hint)
+        if not isinstance(request.sampling, SamplingParams):
+            found = type(request.sampling).__name__
+            raise RequestError("not sampling parameters", where="sampling", expected="SamplingParams(...)", found=found)
         if not isinstance(request.prompt, str | list | tuple):
             expected, found = "text, or a list of messages", type(request.prompt).__name__
             raise RequestError("cannot be answered", where="prompt", expected=expected, found=found)
@@ -208,15 +211,14 @@ class Engine:
             if not request.prompt.strip() and not request.images:
                 raise RequestError("is empty", where="prompt", hint="ask something, or give a picture")
             parts: list[dict[str, Any]] = [{"type": "image"} for _ in request.images]
-            messages: list[Mapping[str, Any]] = [
-                {"role": "user", "content": [*parts, {"type": "text", "text": request.prompt}]}
-            ]
+            messages = messages_from([{"role": "user", "content": [*parts, {"type": "text", "text": request.prompt}]}])
         else:
-            messages = list(request.prompt)
+            messages = messages_from(list(request.prompt))
         if request.system is not None:
-            messages.insert(0, {"role": "system", "content": request.system})
+            system = checked_text(request.system, "system")
+            messages = (*messages_from([{"role": "system", "content": system}]), *messages)
         return prompt_from_messages(
-            messages_from(messages),
+            messages,
             template=self._template,
             tokenizer=self.tokenizer,
             images=request.images,

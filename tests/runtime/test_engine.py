@@ -168,6 +168,12 @@ def test_a_single_picture_is_not_taken_apart(engine: Engine, images: object) -> 
 def test_arguments_of_a_wrong_kind_are_refused(engine: Engine, bundle_of) -> None:
     with pytest.raises(RequestError, match=r"prompt: cannot be answered.*found int"):
         engine.generate(5)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"sampling: not sampling parameters.*found dict"):
+        engine.generate("Hello", sampling={"seed": 1})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="system: is not text"):
+        engine.generate("Hello", system=5)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"messages\[0\]"):
+        engine.generate([{"role": "user", "content": 5}], system="Be short.")
     with pytest.raises(UsageError, match="verify: unknown check: expected full or quick, found 'fulll'"):
         Engine.load(bundle_of(), verify="fulll")  # type: ignore[arg-type]
     for num_threads in (0, -1, 1025, 10**12):
