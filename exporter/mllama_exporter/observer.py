@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx_ir as ir
-import onnxruntime as ort
+from mllama_runtime.backends.private_ort import ort
 from mllama_runtime.errors import BundleError
 from onnx_ir.passes.common import ShapeInferencePass
 

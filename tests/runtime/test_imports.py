@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,21 @@ def test_it_answers_where_heavy_packages_cannot_be_imported(bundle_of) -> None:
     result = subprocess.run([sys.executable, "-c", script, bundle_of()], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() in (["1"], ["2"])
+
+
+def test_onnx_runtime_keeps_no_device_id_and_reports_nothing(bundle_of, tmp_path: Path) -> None:
+    """Its telemetry would leave a device id and a database in the cache folder; CI variables would hide that."""
+    unset = ("CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | {"HOME": str(tmp_path)}
+    load = "import sys\nfrom mllama_runtime import Engine\nwith Engine.load(sys.argv[1]):\n    pass"
+    subprocess.run([sys.executable, "-c", load, bundle_of()], env=environment, check=True)
+    assert not list(tmp_path.rglob("*onnxruntime*"))
+
+
+def test_onnx_runtime_is_imported_in_one_place() -> None:
+    exporter = Path(mllama_runtime.__file__).parents[2] / "exporter" / "mllama_exporter"
+    importing = {p.name for p in [*SOURCES, *exporter.rglob("*.py")] if "import onnxruntime" in p.read_text()}
+    assert importing == {"private_ort.py"}
 
 
 @pytest.mark.parametrize("statement", ["import mllama_runtime", "import mllama_runtime.cli"])

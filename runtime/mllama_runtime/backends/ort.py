@@ -13,10 +13,10 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import numpy as np
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mllama_runtime.backends import Features
+from mllama_runtime.backends.private_ort import ort
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.contract import decoder_shapes, vision_shapes

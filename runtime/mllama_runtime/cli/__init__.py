@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 a gate failed; 2 usage; 3 bad input; 4 environment; 5 reso
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import json
@@ -145,6 +146,8 @@ def _for_people(fault: Exception, verb: Verb | None) -> MllamaError | None:
         return EnvironmentFault(f"a package is missing or broken ({fault})", where=fault.name, hint=hint)
     if isinstance(fault, MemoryError):
         return ResourceError("out of memory")
+    if isinstance(fault, OSError) and fault.errno in (errno.EMFILE, errno.ENFILE):
+        return ResourceError("too many open files", where=fault.filename, hint="raise the limit (`ulimit -n`)")
     if isinstance(fault, OSError) and is_full(fault):
         return ResourceError("the disk is full", where=fault.filename, hint="free some space, or write elsewhere")
     return None
