@@ -155,6 +155,32 @@ def test_chunks_and_decode_steps_match_one_forward(
     assert max(differences.values()) <= BAR, differences
 
 
+def test_a_batch_with_a_text_only_row_matches_each_row_alone(backend: OrtBackend, exact: Reference) -> None:
+    """Three rows decoded together, pictures of different canvases and a text-only row among them, against float64."""
+    chosen, answer = (CASES[8], CASES[-1], CASES[10]), [70, 71, 72]
+    image_token_id = backend._bundle.manifest.model.image_token_id
+    images = [pictures(backend._bundle.root, case.canvases) for case in chosen]
+    prompts = [token_ids(case, image_token_id) for case in chosen]
+    visibilities = [
+        image_visibility([*prompt, *answer], image_token_id, [tiles.num_tiles for tiles in row])
+        for prompt, row in zip(prompts, images, strict=True)
+    ]
+    slots = backend.slots(num_slots=3, cache_len=32, num_tiles=max(each.shape[1] for each in visibilities))
+    features = [[backend.encode(tiles) for tiles in row] for row in images]
+    for slot, (prompt, visibility) in enumerate(zip(prompts, visibilities, strict=True)):
+        row = PromptRow(np.array(prompt), visibility[: len(prompt)], features[slot])
+        prefill(slots, slot, row, "hf")  # type: ignore[arg-type]
+    positions = np.array([len(prompt) for prompt in prompts])
+    for token in answer:
+        logits = slots.decode(np.full(3, token), positions)
+        positions += 1
+    for slot, (prompt, visibility) in enumerate(zip(prompts, visibilities, strict=True)):
+        step = exact.step([*prompt, *answer], images[slot], padded_mask(visibility, images[slot]))
+        cached = slots.cached(slot, len(prompt) + len(answer))
+        differences = largest_difference(step, logits[slot], cached, features[slot])
+        assert max(differences.values()) <= BAR, (chosen[slot].name, differences)
+
+
 def test_padding_tiles_matter_before_the_picture(bundle_of, reference: Reference) -> None:
     """Why prefill feeds the tokens before the first picture apart: they attend to padding tiles in hf semantics."""
     case = next(case for case in CASES if case.name == "text before a one-tile picture")
