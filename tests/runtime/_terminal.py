@@ -55,10 +55,18 @@ class Terminal:
         seen, _, self._unread = self._unread.partition(text)
         return seen + text
 
-    def end(self) -> tuple[str, int]:
-        """The rest, and the exit code."""
-        while self._read():
-            pass
+    def end(self, key: str = "") -> tuple[str, int]:
+        """Press a key; the rest, and the exit code.
+
+        A Ctrl-C between the prompt and the read that waits for a line is noticed with the next key only (Python checks
+        signals when its `select` is interrupted), so after some silence the key is pressed again, as a person would.
+        """
+        self.send(key)
+        while True:
+            if key and not select.select([self._master], [], [], 5)[0]:  # seconds
+                self.send(key)
+            elif not self._read():
+                break
         return self._unread, self._process.wait(timeout=60)
 
     def _read(self) -> bool:

@@ -252,8 +252,7 @@ def test_on_a_terminal(bundle: Path, engine: Engine) -> None:
         terminal.until("sss")
         terminal.send("\x03")
         terminal.until("> ")
-        terminal.send("\x03")
-        output, code = terminal.end()
+        output, code = terminal.end("\x03")
     assert code == 130
     assert output.endswith("\nmllama: interrupted\n")
 
@@ -261,5 +260,4 @@ def test_on_a_terminal(bundle: Path, engine: Engine) -> None:
 def test_ctrl_d_leaves_a_terminal(bundle: Path) -> None:
     with Terminal("chat", bundle, "--verify", "quick") as terminal:
         terminal.until("> ")
-        terminal.send("\x04")
-        assert terminal.end() == ("\n", 0)
+        assert terminal.end("\x04") == ("\n", 0)
