@@ -119,7 +119,7 @@ class Engine:
             GenerationConfig, _json(bundle, "generation.json"), where="generation.json", error=BundleError
         )
         self._template = _template(bundle, self.tokenizer, self._generation)
-        self._preprocessor = PreprocessorConfig.from_dict(
+        self.preprocessor = PreprocessorConfig.from_dict(
             _json(bundle, "preprocessor.json"), bundle.path("preprocessor.json")
         )
         self._backend, self._is_open = backend, False
@@ -166,6 +166,11 @@ class Engine:
     def close(self) -> None:
         """Free what entering took; a second time does nothing."""
         self.__exit__(None, None, None)
+
+    @property
+    def backend_name(self) -> str:
+        """What runs the graphs: "cpu"."""
+        return self._backend.name
 
     def generate(self, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer one request; the arguments are `Request`'s. Raises RequestError, ImageError, ResourceError."""
@@ -250,7 +255,7 @@ class Engine:
             return image
         self._require_open()
         start = time.perf_counter()
-        tiles = preprocess(load_image(image), self._preprocessor)  # type: ignore[arg-type]
+        tiles = preprocess(load_image(image), self.preprocessor)  # type: ignore[arg-type]
         encoding = time.perf_counter()
         features = self._backend.encode(tiles)
         clock.preprocess_seconds += encoding - start

@@ -14,20 +14,24 @@ from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from reprlib import Repr
-from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NewType, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from mllama_runtime.errors import InputError
 
 T = TypeVar("T")
+Prose = NewType("Prose", str)
+"""What people or models wrote: unlike a `str` field it may hold line breaks and other control characters."""
 
 _SHORT = Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 _SHORT.maxlevel = 2
 _UNCLEAN = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+_HALF = re.compile(r"[\ud800-\udfff]")
 _NAMES: dict[object, str] = {
     dict: "an object",
     list: "a list",
     str: "a string",
+    Prose: "a string",
     bool: "a boolean",
     int: "an integer",
     float: "a number",
@@ -86,7 +90,7 @@ def parse(kind: type[T], value: object, *, where: object, error: type[InputError
 
     Raises:
         error: naming file and field. Strings with control characters or lone surrogates are refused too: they end up
-            in file names and on terminals.
+            in file names and on terminals. `Prose` may hold control characters.
     """
     return cast(T, _Parser(where, error).read(kind, value, path))
 
@@ -140,8 +144,8 @@ class _Parser:
             return {self.read(args[0], key, path): self.read(args[1], item, _key(path, key)) for key, item in items}
         elif kind is float:
             return self._float(cast(float, value), path)
-        elif kind is str:
-            return self._text(cast(str, value), path)
+        elif kind is str or kind is Prose:
+            return self._text(kind, cast(str, value), path)
         return value
 
     def _record(self, kind: type, value: dict[str, object], path: str) -> object:
@@ -168,8 +172,10 @@ class _Parser:
             self.fail("the number is out of range", path, expected="a finite float", found=show(value))
         return number
 
-    def _text(self, value: str, path: str) -> str:
-        if not is_clean(value):
+    def _text(self, kind: object, value: str, path: str) -> str:
+        if kind is Prose and _HALF.search(value):
+            self.fail("the string holds half a character", path, found=show(value))
+        if kind is str and not is_clean(value):
             self.fail("the string holds control characters or half a character", path, found=show(value))
         return value
 
@@ -185,7 +191,7 @@ def _fits(kind: Any, value: object) -> bool:
         return type(value) in {type(arg) for arg in get_args(kind)}
     if kind is float:
         return type(value) in (int, float)
-    return type(value) is kind
+    return type(value) is (str if kind is Prose else kind)
 
 
 def _key(path: str, key: str) -> str:

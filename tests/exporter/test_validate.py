@@ -29,13 +29,14 @@ from mllama_exporter.validate.checks import (
     kl_divergences,
     relative_error,
 )
-from mllama_exporter.validate.samples import Sample, builtin_samples, question
-from mllama_exporter.validate.task import Question, accuracy_check, wilson_interval
+from mllama_exporter.validate.samples import Sample, builtin_samples
+from mllama_exporter.validate.task import accuracy_check, question_from_task
 from mllama_exporter.validate.thresholds import BF16_WEIGHTS, EXACT, FP16, FP16_WEIGHTS, Bound, bounds_of
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import main
 from mllama_runtime.decode import PREFILL_CHUNK
 from mllama_runtime.errors import BundleError, EnvironmentFault, InputError, ResourceError
+from mllama_runtime.evaluation.questions import Question
 from mllama_runtime.images import load_image
 from mllama_runtime.manifest import FileEntry
 from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
@@ -443,7 +444,7 @@ def test_thresholds_follow_the_arithmetic(precision, dtypes, num_clamped, twin, 
 
 
 def test_task_accuracy_is_held_to_the_reference() -> None:
-    questions = [Question(question("line", "Yes?", None), "Yes.") for _ in range(10)]
+    questions = [question_from_task(Question(f"line {number}", "Yes?", ("Yes.",))) for number in range(10)]
     right, half = ["yes. "] * 10, ["Yes."] * 5 + ["No."] * 5
     assert accuracy_check(questions, right, right, 0.0).passed
     assert accuracy_check(questions, right, half, 0.0).passed
@@ -454,7 +455,18 @@ def test_task_accuracy_is_held_to_the_reference() -> None:
     assert "bundle 9/10" in check.detail
 
 
-def test_wilson_interval() -> None:
-    """Newcombe (1998), table I: 81 of 263 gives 0.2553 to 0.3662; 0 of 20 gives 0 to 0.1611."""
-    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=5e-5)
-    assert wilson_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=5e-5)
+def test_task_questions_are_those_of_eval(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"not looked at")
+    path = tmp_path / "task.jsonl"
+    line = {"images": ["a.png", "b.png"], "question": "Which?", "options": ["red", "blue"], "answer": "blue"}
+    path.write_text(json.dumps(line))
+    (found,) = questions_from_jsonl(path)
+    text = {"type": "text", "text": "Which?\nA. red\nB. blue"}
+    assert found.sample.messages == [{"role": "user", "content": [{"type": "image"}, {"type": "image"}, text]}]
+    assert found.sample.images == (tmp_path / "a.png", tmp_path / "b.png")
+    assert accuracy_check([found], ["The answer is (B)."], ["Blue"], 0.0).value == 1
+    assert accuracy_check([found], ["(A)"], ["B"], 0.0).value == 0
+    path.write_text(json.dumps(line) + '\n{"question": "Why?", "answer": "So."}\n')
+    with pytest.raises(InputError, match="line 1: has options"):
+        questions_from_jsonl(path)

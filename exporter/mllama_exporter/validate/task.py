@@ -1,62 +1,54 @@
-"""A file of questions with known answers: reading it, and the share of right answers with its confidence interval."""
+"""Questions with known answers, put to bundle and reference: the share of right answers, with its interval."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mllama_runtime.errors import InputError
-from mllama_runtime.fields import load_json, parse
+from mllama_runtime.evaluation.intervals import wilson_interval
+from mllama_runtime.evaluation.metrics import default_metric, metric_of
+from mllama_runtime.evaluation.questions import Question as TaskQuestion
+from mllama_runtime.evaluation.questions import task_from_jsonl
 
 from mllama_exporter.validate.checks import Check
-from mllama_exporter.validate.samples import Sample, question
+from mllama_exporter.validate.samples import Part, Sample
 
 MAX_ANSWER_TOKENS = 128
-_Z = 1.96  # a normal distribution has 95% within so many standard deviations
-
-
-@dataclass(frozen=True, slots=True)
-class TaskLine:
-    """One line of the file: a picture's path, relative to the file, or null; a question; the right answer."""
-
-    image: str | None
-    question: str
-    answer: str
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """A task's question, and the prompt that puts it: its pictures, then its text."""
+
+    task: TaskQuestion
     sample: Sample
-    answer: str
 
 
 def questions_from_jsonl(path: Path) -> list[Question]:
-    """Read a task. Raises InputError naming the line that is wrong, or whose picture is absent."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError("cannot be read", where=path, found=error.strerror) from error
-    questions = []
-    for number, data in enumerate(lines, start=1):
-        if not data.strip():
-            continue
-        where = f"{path}, line {number}"
-        line = parse(TaskLine, load_json(data, where=where, error=InputError), where=where, error=InputError)
-        image = None if line.image is None else path.parent / line.image
-        if image is not None and not image.is_file():
-            raise InputError("no such picture", where=where, found=image)
-        questions.append(Question(question(f"line {number}", line.question, image), line.answer))
-    if not questions:
-        raise InputError("holds no questions", where=path)
-    return questions
+    """Read a task as `mllama eval` does.
+
+    Raises:
+        InputError: naming the line that is wrong, or whose picture is absent.
+    """
+    tasks = task_from_jsonl(path).questions
+    metric_of(default_metric(tasks), tasks)  # refuses what could not be scored at the end
+    return [question_from_task(each) for each in tasks]
+
+
+def question_from_task(each: TaskQuestion) -> Question:
+    content: list[Part] = [{"type": "image"} for _ in each.images]
+    content.append({"type": "text", "text": each.prompt})
+    return Question(each, Sample(each.id, [{"role": "user", "content": content}], each.images))
 
 
 def accuracy_check(
     questions: Sequence[Question], found: Sequence[str], reference: Sequence[str], max_drop: float
 ) -> Check:
-    """The bundle's accuracy against the reference's on the same questions: at most `max_drop` below it."""
+    """The bundle's accuracy against the reference's on the same questions: at most `max_drop` below it.
+
+    An answer is right as `mllama eval` has it by default: one of those accepted, or the letter of a right option.
+    """
     right, reference_right = (_num_right(questions, answers) for answers in (found, reference))
     total = len(questions)
     shares = " and ".join(
@@ -67,14 +59,7 @@ def accuracy_check(
     return Check("task_accuracy", right / total, reference_right / total - max_drop, at_least=True, detail=shares)
 
 
-def wilson_interval(num_right: int, total: int) -> tuple[float, float]:
-    """Wilson's 95% confidence interval of a proportion (https://doi.org/10.1080/01621459.1927.10502953)."""
-    share, spread = num_right / total, _Z * _Z / total
-    middle = share + spread / 2
-    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total))
-    return max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread))
-
-
 def _num_right(questions: Sequence[Question], answers: Sequence[str]) -> int:
-    pairs = zip(questions, answers, strict=True)
-    return sum(answer.strip().casefold() == each.answer.strip().casefold() for each, answer in pairs)
+    tasks = [question.task for question in questions]
+    score = metric_of(default_metric(tasks), tasks)
+    return sum(score(answer, task) == 1 for task, answer in zip(tasks, answers, strict=True))

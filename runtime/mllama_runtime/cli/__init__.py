@@ -50,6 +50,7 @@ VERBS = {
     "verify": Verb("mllama_runtime.cli.verify:command", "Check every file of a bundle.", "cpu"),
     "generate": Verb("mllama_runtime.cli.generate:command", "Answer one prompt about pictures or text.", "cpu"),
     "chat": Verb("mllama_runtime.cli.chat:command", "Talk with a model, pictures attached.", "cpu"),
+    "eval": Verb("mllama_runtime.cli.eval:command", "Score a bundle's answers to questions of a file.", "cpu"),
     "bench": Verb("mllama_runtime.cli.bench:command", "Measure prefill and decode of a bundle.", "cpu"),
 }
 

@@ -1,0 +1,46 @@
+"""The miniature's questions as files are the ones that its accuracy is measured with."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from mllama_runtime.evaluation.questions import task_from_jsonl
+from PIL import Image
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "miniature"
+
+
+@pytest.fixture(scope="module")
+def pictures() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("miniature_pictures_of_task", RECIPE / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.parametrize("split", ["held_out", "calibration"])
+def test_questions_are_those_of_the_split(split: str, pictures: ModuleType, tmp_path: Path) -> None:
+    folder = tmp_path / "a new" / "folder"
+    command = [sys.executable, RECIPE / "task.py", folder, "--split", split, "--count", "12"]
+    subprocess.run(command, check=True)
+    task = task_from_jsonl(folder / "questions.jsonl")
+    assert len(list(folder.iterdir())) == 13
+    for found, example in zip(task.questions, pictures.held_out(split, 12), strict=True):
+        question = example.question
+        assert (found.text, found.answers, found.group) == (question.question, (question.answer,), question.kind)
+        with Image.open(found.images[0]) as image:
+            assert np.array_equal(np.asarray(image), np.asarray(pictures.render(example.scene)))
+    lines = (folder / "questions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["id"] for line in lines} <= set(pictures.SPLITS[split])
