@@ -89,7 +89,7 @@ def test_text_with_groups_and_a_baseline(bundle: Path, few: Path, tmp_path: Path
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert [line.split() for line in lines[:4]] == [
-        ["score", "questions"],
+        ["group", "score", "questions"],
         ["even", "100.00%", "2"],
         ["odd", "50.00%", "2"],
         ["all", "75.00%", "4"],
@@ -114,13 +114,8 @@ def test_options_reach_the_engine(bundle: Path, few: Path) -> None:
     assert result.exit_code == 0, result.output
     shown = json.loads(result.stdout)
     assert [each["answer"].lower().strip(".") for each in shown["questions"]] == ["purple"]
-    assert shown["options"] == AskOptions_json(system="Answer with one word.", batch=1)
+    assert (shown["options"]["system"], shown["options"]["batch"]) == ("Answer with one word.", 1)
     assert shown["task"]["num_questions"] == 1
-
-
-def AskOptions_json(**fields: Any) -> dict[str, Any]:  # noqa: N802 - as the class
-    options = AskOptions(**fields)
-    return {name: getattr(options, name) for name in AskOptions.__slots__}
 
 
 def test_metrics_by_name(bundle: Path, few: Path, tmp_path: Path) -> None:
@@ -133,7 +128,7 @@ def test_metrics_by_name(bundle: Path, few: Path, tmp_path: Path) -> None:
     assert shown["metric"] == "choice"
     refused = run(bundle, "--task", few, "--metric", "vqa", *QUICK)
     assert (refused.exit_code, refused.stdout) == (3, "")
-    assert "q0: has options" in refused.stderr
+    assert "few.jsonl: q0: has options" in refused.stderr
 
 
 def test_a_terminal_sees_a_bar(bundle: Path, few: Path) -> None:
@@ -244,13 +239,15 @@ def test_a_base_model_continues_the_bare_question(bundle: Path, few: Path, tmp_p
 # Results.
 
 
+def result_of(engine: Engine, answers: list[str], scores: list[float]) -> Evaluation:
+    questions = tuple(Question(f"q{number}", "Why?", ("So.",), group="why\u00e9") for number in range(len(scores)))
+    task = Task("t", "0" * 64, questions)
+    return result_from_answers(engine, task, metric="anls", answers=answers, scores=scores, options=AskOptions())
+
+
 @pytest.fixture(scope="module")
 def evaluation(engine: Engine) -> Evaluation:
-    questions = tuple(Question(f"q{number}", "Why?", ("So.",), group="why\u00e9") for number in range(4))
-    options, answers = AskOptions(), ["So.", "a\x1b[2J\nb", "", "So."]
-    return result_from_answers(
-        engine, Task("t", "0" * 64, questions), metric="exact", answers=answers, scores=[1, 0, 0.5, 1], options=options
-    )
+    return result_of(engine, ["So.", "a\x1b[2J\nb", "", "So."], [1, 0, 0.5, 1])
 
 
 def test_a_result_is_read_as_it_was_written(evaluation: Evaluation, tmp_path: Path) -> None:
@@ -258,6 +255,13 @@ def test_a_result_is_read_as_it_was_written(evaluation: Evaluation, tmp_path: Pa
     path.write_bytes(evaluation.to_json())
     assert Evaluation.from_file(path) == evaluation
     assert (evaluation.score, evaluation.groups["why\u00e9"].score) == (0.625, 0.625)
+
+
+@pytest.mark.parametrize("scores", [[0.3] * 7, [0.9] * 11, [0.1, *[0.7] * 12], [1 / 3] * 3, [0.0], [1.0] * 9])
+def test_rounding_does_not_make_a_result_wrong(scores: list[float], engine: Engine, tmp_path: Path) -> None:
+    path = tmp_path / "result.json"
+    path.write_bytes(result_of(engine, ["So."] * len(scores), scores).to_json())
+    Evaluation.from_file(path)
 
 
 def test_differences_are_of_the_same_question(evaluation: Evaluation) -> None:

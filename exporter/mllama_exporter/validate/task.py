@@ -32,7 +32,7 @@ def questions_from_jsonl(path: Path) -> list[Question]:
         InputError: naming the line that is wrong, or whose picture is absent.
     """
     tasks = task_from_jsonl(path).questions
-    metric_of(default_metric(tasks), tasks)  # refuses what could not be scored at the end
+    metric_of(default_metric(tasks), tasks, where=path)  # refuses what could not be scored at the end
     return [question_from_task(each) for each in tasks]
 
 

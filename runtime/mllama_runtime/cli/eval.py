@@ -95,9 +95,10 @@ def command(
     """Ask BUNDLE the questions of a file, and score its answers from 0 to 1, with a 95% confidence interval."""
     task = task_from_jsonl(task_file, limit=limit)
     name = cast(MetricName, metric) if metric else default_metric(task.questions)
-    score = metric_of(name, task.questions)
-    baseline = None if baseline_file is None else Result.from_file(baseline_file)
-    if baseline is not None and baseline_file is not None:
+    score = metric_of(name, task.questions, where=task_file)
+    baseline = None
+    if baseline_file is not None:
+        baseline = Result.from_file(baseline_file)
         require_same_questions(baseline, baseline_file, task, name)
     if output is not None:
         _require_writable(output)
@@ -155,7 +156,7 @@ def _json(result: Result, change: Difference | None, seconds: float) -> str:
 
 
 def _text(result: Result, baseline: Result | None, change: Difference | None, seconds: float) -> str:
-    rows = [("", "score", "questions")]
+    rows = [("group", "score", "questions")] if result.groups else []
     rows += [(name, f"{group.score:.2%}", f"{group.num_questions}") for name, group in result.groups.items()]
     rows += [("all", f"{result.score:.2%}", f"{len(result.questions)}")]
     width = max(len(name) for name, _, _ in rows)

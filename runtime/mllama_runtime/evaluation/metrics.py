@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"[+-]?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)%?", r
 
 def exact(answer: str, accepted: Sequence[str]) -> float:
     """1 when the answer is an accepted one, but for case and the blanks around it."""
-    return float(answer_key(answer) in map(answer_key, accepted))
+    return float(_key(answer) in map(_key, accepted))
 
 
 def relaxed(answer: str, accepted: Sequence[str]) -> float:
@@ -44,27 +44,24 @@ def anls(answer: str, accepted: Sequence[str]) -> float:
     return max(_similarity(" ".join(answer.lower().split()), " ".join(other.lower().split())) for other in accepted)
 
 
-def answer_key(text: str) -> str:
-    """Equal for answers that `exact` does not tell apart."""
-    return text.strip().casefold()
-
-
-def metric_of(name: MetricName, questions: Sequence[Question]) -> Callable[[str, Question], float]:
-    """The function that scores an answer to one of the questions.
+def metric_of(
+    name: MetricName, questions: Sequence[Question], *, where: object = "task"
+) -> Callable[[str, Question], float]:
+    """The function that scores an answer to one of the questions; `where` is the file they are from, for errors.
 
     Raises:
         InputError: naming the first question that the metric cannot score.
     """
     for question in questions:
-        where = question.id
+        place = f"{where}: {question.id}"
         if name == "choice" and not question.options:
-            raise InputError("has no options", where=where, hint="the metric choice is for multiple choice")
+            raise InputError("has no options", where=place, hint="the metric choice is for multiple choice")
         if name != "choice" and question.options:
-            raise InputError("has options", where=where, hint="multiple choice is scored by the metric choice")
+            raise InputError("has options", where=place, hint="multiple choice is scored by the metric choice")
         if name == "vqa" and len(question.answers) != NUM_PEOPLE:
             found = f"{len(question.answers)} answers"
             raise InputError(
-                "is not a VQA question", where=where, expected=f"answers of {NUM_PEOPLE} people", found=found
+                "is not a VQA question", where=place, expected=f"answers of {NUM_PEOPLE} people", found=found
             )
     if name == "choice":
         return lambda answer, question: float(chosen_letter(answer, question.options) in question.answers)
@@ -75,6 +72,10 @@ def metric_of(name: MetricName, questions: Sequence[Question]) -> Callable[[str,
 def default_metric(questions: Sequence[Question]) -> MetricName:
     """`choice` where every question has options, otherwise `exact`."""
     return "choice" if all(question.options for question in questions) else "exact"
+
+
+def _key(text: str) -> str:
+    return text.strip().casefold()
 
 
 def _is_close(answer: str, accepted: str) -> bool:

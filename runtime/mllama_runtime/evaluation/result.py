@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from mllama_runtime.fields import Prose, dump_json, load_json, parse, show
 from mllama_runtime.manifest import Precision
 
 SCHEMA_VERSION = 1
+_ROUNDING = 1e-9
 _TOOLS = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
 
 
@@ -189,8 +191,16 @@ def _check(result: Result, where: Path) -> None:
     num_questions = result.task.num_questions
     need(num_questions == len(scores), "not all are there", "questions", expected=num_questions, found=len(scores))
     mean = float(scores.mean())
-    need(abs(result.score - mean) < 1e-9, "not the mean of the scores", "score", expected=mean, found=result.score)
-    need(0 <= low <= result.score <= high <= 1, "impossible interval", "interval", found=f"{low} to {high}")
+    need(abs(result.score - mean) < _ROUNDING, "not the mean of the scores", "score", expected=mean, found=result.score)
+    ends = (0.0, low, result.score, high, 1.0)
+    right = all(before <= after + _ROUNDING for before, after in pairwise(ends))
+    need(
+        right,
+        "impossible interval",
+        "interval",
+        expected="ends from 0 to 1, around the score",
+        found=f"{low} to {high}",
+    )
     for name, group in result.groups.items():
         right = 0 <= group.score <= 1 and 0 < group.num_questions <= num_questions
         need(right, "impossible group", f"groups[{show(name)}]")
