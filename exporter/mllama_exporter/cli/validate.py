@@ -42,10 +42,17 @@ _EXAMPLE = example(
     show_default=True,
     help="Tokens to generate for each built-in sample, at most.",
 )
+@click.option("--layers", "with_layers", is_flag=True, help="Print the first-divergence table: every layer's error.")
 @json_option
 @click.pass_context
 def command(
-    ctx: click.Context, bundle: Path, reference: Path, task: Path | None, max_steps: int, as_json: bool
+    ctx: click.Context,
+    bundle: Path,
+    reference: Path,
+    task: Path | None,
+    max_steps: int,
+    with_layers: bool,
+    as_json: bool,
 ) -> None:
     """Compare BUNDLE with its checkpoint in transformers, and stamp the verdict into the bundle.
 
@@ -64,6 +71,8 @@ def command(
     questions = [] if task is None else questions_from_jsonl(task)
     report = report_from_bundle(opened, reference, task=questions, max_steps=max_steps, progress=_show)
     opened.stamp(report.validation(), {REPORT_NAME: dump_json(report.to_plain())})
+    if with_layers and not as_json:
+        click.echo(f"{report.layers_to_text()}\n")
     click.echo(json.dumps(report.to_plain()) if as_json else report.to_text())
     if report.failed:
         ctx.exit(GateError.exit_code)

@@ -99,7 +99,9 @@ def _layer(name: str) -> int:
 def _check(name: str, observations: Sequence[Observation], bound: Bound, prefix: str) -> Check:
     values = [observation.value for observation in observations]
     worst = (min if bound.at_least else max)(observations, key=lambda observation: observation.value)
-    value = {"worst": worst.value, "mean": sum(values) / len(values), "sum": sum(values)}[bound.of]
+    if bound.of == "first":
+        worst = next((each for each in observations if each.value > bound.limit), worst)
+    value = sum(values) / (len(values) if bound.of == "mean" else 1) if bound.of in ("mean", "sum") else worst.value
     where = ", ".join(filter(None, (worst.sample, worst.note)))
     detail = where if worst.value != bound.perfect else f"{len(observations)} values"
     return Check(prefix + name, value if math.isfinite(value) else None, bound.limit, bound.at_least, detail)

@@ -6,13 +6,14 @@ It takes the product's own path: preprocessing, back end, decode loop, engine. W
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from mllama_runtime.backends import Backend, Features
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.decode import Row, prefill
-from mllama_runtime.engine import Engine, Request
+from mllama_runtime.engine import Engine, Generation, Request
 from mllama_runtime.errors import BundleError, GateError
 from mllama_runtime.fields import load_json
 from mllama_runtime.images import load_image
@@ -22,6 +23,7 @@ from mllama_runtime.sampling import Sampler, SamplingParams
 from mllama_runtime.streaming import TextStream
 from numpy.typing import NDArray
 
+from mllama_exporter.feeds import joined, padded_visibility
 from mllama_exporter.validate.checks import Observation, absolute_error, kl_divergences, relative_error
 from mllama_exporter.validate.reference import ReferenceInputs, ReferenceRun
 
@@ -89,42 +91,41 @@ def observations_from_run(candidate: Candidate, run: ReferenceRun) -> Iterator[O
     yield Observation("num_nonfinite", num_nonfinite, name)
 
 
-def observations_from_generation(
-    candidate: Candidate, runs: Sequence[ReferenceRun], max_steps: int
-) -> list[Observation]:
+@dataclass(frozen=True, slots=True)
+class Generated:
+    """A free-running greedy answer; `note` says where it leaves the reference's, or why there is none."""
+
+    sample: str
+    text: str
+    diverges_at: int | None  # the first step of another token; None when all are the same
+    note: str = ""
+
+    @property
+    def observation(self) -> Observation:
+        return Observation("generation_identical", float(self.diverges_at is None), self.sample, self.note)
+
+
+def generated_from_runs(candidate: Candidate, runs: Sequence[ReferenceRun], max_steps: int) -> list[Generated]:
     """Free-running greedy generation through the engine, in mixed batches."""
     sampling = SamplingParams(max_new_tokens=max_steps)
     requests = [Request(run.inputs.text, images=run.inputs.sample.images, sampling=sampling, raw=True) for run in runs]
-    seen: list[Observation] = []
+    found: list[Generated] = []
     try:
         for start in range(0, len(requests), _BATCH):
             answers = candidate.engine.generate_batch(requests[start : start + _BATCH])
-            seen += [_same_tokens(run, each.token_ids) for run, each in zip(runs[start:], answers, strict=False)]
+            found += [_generated(run, each) for run, each in zip(runs[start:], answers, strict=False)]
     except GateError as error:  # logits that are not numbers
-        names = [run.inputs.sample.name for run in runs[len(seen) :]]
-        seen += [Observation("generation_identical", 0.0, name, error.what) for name in names]
-    return seen
+        found += [Generated(run.inputs.sample.name, "", 0, error.what) for run in runs[len(found) :]]
+    return found
 
 
-def _same_tokens(run: ReferenceRun, token_ids: Sequence[int]) -> Observation:
+def _generated(run: ReferenceRun, answer: Generation) -> Generated:
+    name, token_ids = run.inputs.sample.name, tuple(answer.token_ids)
+    if token_ids == run.continuation:
+        return Generated(name, answer.text, None)
     pairs = list(zip(token_ids, run.continuation, strict=False))
     step = next((step for step, (found, expected) in enumerate(pairs) if found != expected), len(pairs))
-    same = tuple(token_ids) == run.continuation
-    note = "" if same else f"diverges at step {step}"
-    return Observation("generation_identical", float(same), run.inputs.sample.name, note)
-
-
-def padded_visibility(visibility: NDArray[np.bool_], tiles: Sequence[ImageTiles]) -> NDArray[np.bool_]:
-    """Real tiles side by side [seq, sum(num_tiles)] -> with padding tiles, which nobody sees, [seq, I*T]."""
-    is_real = np.concatenate([each.aspect_ratio_mask for each in tiles]).astype(np.bool_)
-    padded = np.zeros((len(visibility), len(is_real)), np.bool_)
-    padded[:, is_real] = visibility
-    return padded
-
-
-def joined(arrays: Sequence[Mapping[str, Array]]) -> dict[str, Array]:
-    """The pictures' keys and values behind one another, as the reference's cache has them."""
-    return {name: np.concatenate([each[name] for each in arrays], axis=2) for name in (arrays[0] if arrays else ())}
+    return Generated(name, answer.text, step, f"diverges at step {step}")
 
 
 def _teacher_forced(

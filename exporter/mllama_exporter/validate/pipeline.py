@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import platform
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +18,21 @@ from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.engine import Request
 from mllama_runtime.errors import BundleError, GateError, InputError, RequestError, ResourceError
+from mllama_runtime.evaluation.result import Result
 from mllama_runtime.sampling import SamplingParams
 
 from mllama_exporter.checkpoint import Checkpoint
-from mllama_exporter.validate.activations import Activations
-from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
+from mllama_exporter.validate.agreement import agreements, answers_from_sample
+from mllama_exporter.validate.checks import Observation, checks_from_observations
 from mllama_exporter.validate.compare import (
     Candidate,
-    observations_from_generation,
+    Generated,
+    generated_from_runs,
     observations_from_inputs,
     observations_from_run,
 )
+from mllama_exporter.validate.layers import LayerTable, layer_observations, table_from_errors
+from mllama_exporter.validate.observed import ObservedBundle, activation_observations, largest_by_layer
 from mllama_exporter.validate.reference import (
     ATTENTION,
     ReferenceInputs,
@@ -37,8 +42,9 @@ from mllama_exporter.validate.reference import (
 )
 from mllama_exporter.validate.report import NotRun, ReferenceInfo, Report
 from mllama_exporter.validate.samples import Sample, builtin_samples
+from mllama_exporter.validate.spots import reference_modules
 from mllama_exporter.validate.task import MAX_ANSWER_TOKENS, Question, accuracy_check
-from mllama_exporter.validate.thresholds import TASK_ACCURACY_DROP, Bounds, GraphKind, bounds_of
+from mllama_exporter.validate.thresholds import TASK_ACCURACY_DROP, Bounds, GraphKind, base_of, bounds_of
 
 _TOOLS = ("numpy", "onnxruntime", "torch", "transformers")
 _BYTES_PER_PARAMETER = 4
@@ -55,6 +61,7 @@ def report_from_bundle(
     task: Sequence[Question] = (),
     max_steps: int = 32,
     samples: Sequence[Sample] | None = None,
+    accuracy: Sequence[Result] = (),
     progress: Progress = lambda step, done, total: None,
 ) -> Report:
     """Compare a bundle with the checkpoint it was made from.
@@ -64,6 +71,7 @@ def report_from_bundle(
         task: questions for both to answer.
         max_steps: tokens to generate for each sample, at most.
         samples: by default the built-in ones.
+        accuracy: results of `mllama eval` to be shown side by side.
 
     Raises:
         InputError: the checkpoint is not the one the bundle was made from.
@@ -72,6 +80,7 @@ def report_from_bundle(
         ResourceError: the reference does not fit into memory.
     """
     checkpoint, precision = _checked(bundle, reference), bundle.manifest.precision
+    base = base_of(precision, bundle.manifest.quantization)
     bounds = _bounds(bundle, checkpoint)
     processor = ReferenceProcessor(reference)
     inputs, not_run = _inputs(processor, builtin_samples(bundle.manifest.model.vision) if samples is None else samples)
@@ -80,30 +89,67 @@ def report_from_bundle(
     seen = [found for each in inputs for found in observations_from_inputs(twins, each)]
 
     model = _reference_model(bundle, reference)
-    runs = [model.run(each, max_steps) for each in _ticking(inputs, "reference", progress)]
+    watched = reference_modules(bundle.manifest.model)
+    runs = [model.run(each, max_steps, watched) for each in _ticking(inputs, "reference", progress)]
     asked = [_asked(processor, model, each) for each in _ticking(task, "task, reference", progress)]
     del model
 
     with twins.engine:
-        seen += _observations(twins, runs, max_steps, "ort graphs", progress)
+        found, generated = _observations(twins, runs, max_steps, "ort graphs", progress)
         answers = [twins.engine.generate_batch([each.request])[0].text for each in _ticking(asked, "task", progress)]
-    activations = Activations(bundle, twins)
-    seen += [found for each in _ticking(inputs, "activations", progress) for found in activations.observations(each)]
+    seen, agreement = seen + found, agreements("ort", found, generated)
+    shown = [
+        answers_from_sample(run.inputs.sample, processor.text(run.continuation), each.text)
+        for run, each in zip(runs, generated, strict=True)
+        if run.inputs.sample.depth != "answers"
+    ]
+    observed = ObservedBundle(bundle, twins, "ort")
+    activations = [found for each in _ticking(inputs, "activations", progress) for found in observed.activations(each)]
+    seen += activation_observations(activations)
+    layers = [_layers(observed, runs, "ort", bounds["ort"], progress)]
+    del observed
+    seen += layer_observations(layers[0])
     checks = checks_from_observations(seen, bounds["ort"])
-    del activations
 
     if "standard" in bounds:
         with (standard := Candidate(bundle, OrtBackend(bundle, standard=True))).engine:
-            seen = list(_observations(standard, runs, max_steps, "standard graphs", progress))
+            seen, generated = _observations(standard, runs, max_steps, "standard graphs", progress)
+        agreement += agreements("standard", seen, generated)
+        observed = ObservedBundle(bundle, standard, "standard")
+        layers.append(_layers(observed, runs, "standard", bounds["standard"], progress))
+        seen += layer_observations(layers[1])
         checks += checks_from_observations(seen, bounds["standard"], prefix="standard_")
     else:
-        not_run.append(NotRun("standard graphs", f"ONNX Runtime's CPU provider has no {precision} kernels"))
+        not_run.append(NotRun("standard graphs", f"ONNX Runtime's CPU provider has no {base} kernels"))
+    not_run.append(NotRun("engines", "no back end runs them yet"))
     if task:
         expected = [each.answer for each in asked]
         checks.append(accuracy_check(task, answers, expected, TASK_ACCURACY_DROP[precision]))
     else:
         not_run.append(NotRun("task_accuracy", "no task was given"))
-    return _report(bundle, checkpoint, checks, not_run, num_samples=len(inputs), max_steps=max_steps)
+    versions = {name: importlib.metadata.version(name) for name in _TOOLS}
+    return Report(
+        manifest=bundle.manifest,
+        backend=OrtBackend.name,
+        reference=ReferenceInfo(
+            name=checkpoint.folder.resolve().name,
+            fingerprint=checkpoint.fingerprint(),
+            library=f"transformers {versions['transformers']}",
+            dtype="float32",
+            attention=ATTENTION,
+        ),
+        tools={"mllama-deploy": __version__, "python": platform.python_version(), **versions},
+        num_samples=len(inputs),
+        max_steps=max_steps,
+        checks=tuple(checks),
+        not_run=tuple(not_run),
+        layers=tuple(layers),
+        activations=largest_by_layer(activations),
+        activation_limit=bounds["ort"]["largest_activation"].limit,
+        agreement=tuple(agreement),
+        answers=tuple(shown),
+        accuracy=tuple(accuracy),
+    )
 
 
 def _inputs(processor: ReferenceProcessor, samples: Sequence[Sample]) -> tuple[list[ReferenceInputs], list[NotRun]]:
@@ -134,10 +180,17 @@ def _asked(processor: ReferenceProcessor, model: ReferenceModel, question: Quest
 
 def _observations(
     candidate: Candidate, runs: Sequence[ReferenceRun], max_steps: int, step: str, progress: Progress
-) -> Iterator[Observation]:
-    for run in _ticking(runs, step, progress):
-        yield from observations_from_run(candidate, run)
-    yield from observations_from_generation(candidate, runs, max_steps)
+) -> tuple[list[Observation], list[Generated]]:
+    seen = [found for run in _ticking(runs, step, progress) for found in observations_from_run(candidate, run)]
+    generated = generated_from_runs(candidate, runs, max_steps)
+    return seen + [each.observation for each in generated], generated
+
+
+def _layers(
+    observed: ObservedBundle, runs: Sequence[ReferenceRun], kind: GraphKind, bounds: Bounds, progress: Progress
+) -> LayerTable:
+    deep = _ticking([run for run in runs if run.states], f"{kind} graphs, layers", progress)
+    return table_from_errors(kind, [observed.layer_errors(run) for run in deep], bounds)
 
 
 def _reference_model(bundle: Bundle, reference: Path) -> ReferenceModel:
@@ -176,42 +229,11 @@ def _checked(bundle: Bundle, reference: Path) -> Checkpoint:
 
 def _bounds(bundle: Bundle, checkpoint: Checkpoint) -> dict[GraphKind, Bounds]:
     """Of the kinds of graphs that run at the bundle's precision."""
-    dtypes = {tensor.dtype for shard in checkpoint.shards for tensor in shard.tensors.values()}
-    precision = bundle.manifest.precision
-    bounds = bounds_of(precision, dtypes, bundle.manifest.weights.num_clamped)
-    if not bounds:
-        raise InputError("no thresholds for this precision", where=bundle.root, found=precision)
-    return bounds
-
-
-def _report(
-    bundle: Bundle,
-    checkpoint: Checkpoint,
-    checks: Sequence[Check],
-    not_run: Sequence[NotRun],
-    *,
-    num_samples: int,
-    max_steps: int,
-) -> Report:
-    manifest, versions = bundle.manifest, {name: importlib.metadata.version(name) for name in _TOOLS}
-    return Report(
-        bundle=manifest.name,
-        precision=manifest.precision,
-        mask_semantics=manifest.mask_semantics,
-        backend=OrtBackend.name,
-        reference=ReferenceInfo(
-            name=checkpoint.folder.resolve().name,
-            fingerprint=checkpoint.fingerprint(),
-            library=f"transformers {versions['transformers']}",
-            dtype="float32",
-            attention=ATTENTION,
-        ),
-        tools={"mllama-deploy": __version__, **versions},
-        num_samples=num_samples,
-        max_steps=max_steps,
-        checks=tuple(checks),
-        not_run=tuple(not_run),
+    manifest, dtypes = (
+        bundle.manifest,
+        {tensor.dtype for shard in checkpoint.shards for tensor in shard.tensors.values()},
     )
+    return bounds_of(manifest.precision, manifest.quantization, dtypes, manifest.weights.num_clamped)
 
 
 def _ticking(items: Sequence[T], step: str, progress: Progress) -> Iterator[T]:

@@ -22,6 +22,7 @@ from mllama_runtime.images import load_image
 from numpy.typing import NDArray
 
 from mllama_exporter.validate.samples import Sample
+from mllama_exporter.validate.spots import Side
 
 try:
     transformers: Any = importlib.import_module("transformers")
@@ -32,6 +33,7 @@ except ImportError as error:
 
 ATTENTION = "sdpa"  # transformers' default; its eager form holds every score: 2.6 GB a layer for a full-size picture
 Array = NDArray[np.float32]
+_STATE_RANKS = {"projector": 3}  # axes of a state behind that of pictures or prompts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -56,6 +58,7 @@ class ReferenceRun:
     logits: Array  # [N, vocab], of the prompt's last token and then of every generated one but the last
     cross: Mapping[str, Array]  # cross_key_i, cross_value_i: [1, G, I*T*R, D]
     past: Mapping[str, Array]  # past_key_l, past_value_l: [1, G, S+N-1, D]
+    states: Mapping[str, Array]  # of the residual streams after the prompt, as `spots` names them; or none
 
 
 class ReferenceProcessor:
@@ -116,18 +119,47 @@ class ReferenceModel:
         if mask_semantics == "meta":
             self._mask_attention_branches()
 
-    def run(self, inputs: ReferenceInputs, max_steps: int) -> ReferenceRun:
-        """Prefill, then at most max_steps greedy tokens, ended by an end token."""
-        output = self._generate(inputs, max_steps, return_dict_in_generate=True, output_logits=True)
+    def run(
+        self, inputs: ReferenceInputs, max_steps: int, watched: Mapping[str, tuple[str, Side]] | None = None
+    ) -> ReferenceRun:
+        """Prefill, then at most max_steps greedy tokens, ended by an end token.
+
+        watched: state -> the module that takes it in or gives it out, for samples whose layers are measured.
+        """
+        depth = inputs.sample.depth
+        with self._watched(watched or {} if depth == "layers" else {}) as states:
+            output = self._generate(inputs, max_steps, return_dict_in_generate=True, output_logits=True)
         past: dict[str, Array] = {}
         cross: dict[str, Array] = {}
         for layer, cache in enumerate(output.past_key_values.layers):
-            if cache.is_initialized:  # the cross-attention layers are not, for text alone
+            if depth != "answers" and cache.is_initialized:  # the cross-attention layers are not, for text alone
                 prefix, tensors = ("cross", cross) if layer in self._cross_layers else ("past", past)
                 tensors[f"{prefix}_key_{layer}"] = cache.keys.numpy()
                 tensors[f"{prefix}_value_{layer}"] = cache.values.numpy()
         continuation = tuple(output.sequences[0, len(inputs.token_ids) :].tolist())
-        return ReferenceRun(inputs, continuation, torch.cat(output.logits).float().numpy(), cross, past)
+        return ReferenceRun(inputs, continuation, torch.cat(output.logits).float().numpy(), cross, past, states)
+
+    @contextmanager
+    def _watched(self, modules: Mapping[str, tuple[str, Side]]) -> Iterator[dict[str, Array]]:
+        """What these modules take in, or give out, when they first run; a module the model lacks gives nothing."""
+        states: dict[str, Array] = {}
+        hooks, known = [], dict(self._model.named_modules())
+
+        def keep(state: str, tensor: torch.Tensor) -> None:
+            states.setdefault(state, tensor.float().numpy().reshape(-1, *tensor.shape[-_STATE_RANKS.get(state, 2) :]))
+
+        for state, (name, side) in modules.items():
+            if (module := known.get(name)) is None:
+                continue
+            if side == "input":
+                hooks.append(module.register_forward_pre_hook(lambda _, args, state=state: keep(state, args[0])))
+            else:
+                hooks.append(module.register_forward_hook(lambda _, args, output, state=state: keep(state, output)))
+        try:
+            yield states
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def answer(self, inputs: ReferenceInputs, max_new_tokens: int) -> tuple[int, ...]:
         """Greedy token ids, an end token included."""

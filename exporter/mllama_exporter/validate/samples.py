@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from mllama_runtime.config import VisionConfig
@@ -28,16 +28,21 @@ _QUESTIONS = (
 )
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
 _NUM_SENTENCES = 90  # of the long prompt: more tokens than a chunk of prefill, and where slow rotary frequencies show
+_NUM_DESCRIBED = 40  # samples for tokens alone: more than 1,000 greedy steps in all, so that one is below 0.1%
 _COLORS = ((220, 30, 30), (30, 140, 40), (40, 60, 220), (240, 210, 30), (130, 40, 160), (245, 140, 20))
+
+Depth = Literal["answers", "tensors", "layers"]
+"""Tokens and logits; or keys, values and caches too; or what every layer makes too."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One prompt; `images` fill the image parts of `messages` in order."""
+    """One prompt; `images` fill the image parts of `messages` in order; `depth` is what is compared."""
 
     name: str
     messages: Sequence[Message]
     images: tuple[ImageSource, ...] = ()
+    depth: Depth = "tensors"
 
     @property
     def raw_text(self) -> str:
@@ -58,7 +63,7 @@ def builtin_samples(vision: VisionConfig) -> list[Sample]:
     others = [
         Sample("text_only", [_turn("user", "Name the four seasons.")]),
         Sample("text_before_picture", [_turn("user", "Look at this: ", None, "What do you see?")], (first,)),
-        Sample("two_pictures", [_turn("user", None, None, "Describe the pictures.")], (first, last)),
+        Sample("two_pictures", [_turn("user", None, None, "Describe the pictures.")], (first, last), "layers"),
         Sample("second_turn", [_turn("user", None, "What do you see?"), answered, asked], (odd,)),
         Sample(
             "picture_in_second_turn",
@@ -66,13 +71,19 @@ def builtin_samples(vision: VisionConfig) -> list[Sample]:
             (last, odd.convert("RGBA")),
         ),
     ]
-    samples.append(Sample("long_prompt", [_turn("user", None, f"{_long_text()} What do you see?")], (first,)))
-    return [*samples[:1], *others, *samples[1:]]  # so that a batch of neighbours is mixed
+    samples.append(Sample("long_prompt", [_turn("user", None, f"{_long_text()} What do you see?")], (first,), "layers"))
+    canvases = [ratios[index % len(ratios)] for index in range(_NUM_DESCRIBED)]
+    described = [
+        question(f"described_{index}", _QUESTIONS[0], drawn(high, wide, size, seed=200 + index), "answers")
+        for index, (high, wide) in enumerate(canvases)
+    ]
+    return [*samples[:1], *others, *samples[1:], *described]  # so that a batch of neighbours is mixed
 
 
-def question(name: str, text: str, image: ImageSource | None) -> Sample:
+def question(name: str, text: str, image: ImageSource | None, depth: Depth = "tensors") -> Sample:
     """A picture, or none, and then a question about it."""
-    return Sample(name, [_turn("user", *([] if image is None else [None]), text)], () if image is None else (image,))
+    parts, images = ([text], ()) if image is None else ([None, text], (image,))
+    return Sample(name, [_turn("user", *parts)], images, depth)
 
 
 def drawn(tiles_high: int, tiles_wide: int, image_size: int, *, seed: int) -> Image.Image:
