@@ -1,9 +1,10 @@
 """ONNX Runtime's twin of a standard graph: same weights file, rewritten for that runtime's kernels.
 
-Four rewrites, each for a measured reason (design: the graphs):
+Rewrites, each for a measured reason (design: the graphs):
 - a low-precision graph computes in float32 from its low-precision weights: ONNX Runtime's CPU provider has no bfloat16
   kernels, and inserts casts around most float16 ones. It folds the casts at load, so a session takes the memory of
   float32 weights; and for a GPU, where the kernels exist, such a twin is the wrong graph;
+- products by quantised matrices become that runtime's own kernels (`ort_kernels`);
 - scatter + self-attention becomes GroupQueryAttention over the same cache buffers: the standard operator computes over
   the whole cache axis whatever the lengths say;
 - cross-attention becomes two matrix products that fold a key/value head's query heads into the row axis: the standard
@@ -19,6 +20,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from mllama_runtime.config import ModelConfig
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from mllama_exporter.graph_edit import Builder, producer_of, replace
+from mllama_exporter.ort_kernels import PRODUCTS, use_quantized_kernels
 
 _CONTRIB = "com.microsoft"
 _LOW_PRECISION = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -29,14 +34,23 @@ def ort_graph_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model:
     """The twin of a vision or decoder graph from `graphs`, whose weights may or may not be attached yet."""
     model = standard.clone()
     _compute_in_float32(model.graph)
+    use_quantized_kernels(model.graph)
     attentions = [node for node in model.graph if node.op_type == "Attention"]
-    cached = [node for node in attentions if len(node.inputs) > 4]
+    cached = [node for node in attentions if _reads_cache(node)]
     if cached:
         _use_group_query_attention(model.graph, cached, config)
-        _use_matrix_products(model.graph, [node for node in attentions if len(node.inputs) == 4], config)
+        _use_matrix_products(model.graph, [node for node in attentions if node not in cached], config)
         _skip_without_pictures(model.graph, config)
+        RemoveUnusedNodesPass()(model)  # the mask over the cache
+    if any(node.domain == _CONTRIB for node in model.graph):
         model.opset_imports[_CONTRIB] = 1
     return model
+
+
+def _reads_cache(attention: ir.Node) -> bool:
+    key = attention.inputs[1]
+    producer = key.producer() if key is not None else None
+    return producer is not None and producer.op_type == "TensorScatter"
 
 
 def _compute_in_float32(graph: ir.Graph) -> None:
@@ -65,57 +79,9 @@ def _compute_in_float32(graph: ir.Graph) -> None:
         graph.insert_before(first, cast)
 
 
-class _Builder:
-    """Adds nodes with unique names before a given one."""
-
-    def __init__(self, graph: ir.Graph, before: ir.Node, prefix: str) -> None:
-        self.graph, self.before, self.prefix, self.count = graph, before, prefix, 0
-
-    def add(
-        self,
-        op_type: str,
-        inputs: list[ir.Value | None],
-        attributes: dict[str, int | float] | None = None,
-        *,
-        domain: str = "",
-        num_outputs: int = 1,
-    ) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes or {}, domain=domain, num_outputs=num_outputs)
-        node.name = f"{self.prefix}_{self.count}_{op_type}"
-        self.count += 1
-        for index, value in enumerate(node.outputs):
-            value.name = f"{node.name}_output_{index}"
-        self.graph.insert_before(self.before, node)
-        return node.outputs[0]
-
-    def constant(self, array: np.ndarray) -> ir.Value:
-        name = f"{self.prefix}_constant_{self.count}"
-        self.count += 1
-        value = ir.Value(name=name, const_value=ir.tensor(array, name=name))
-        value.dtype, value.shape = value.const_value.dtype, ir.Shape(array.shape)  # type: ignore[union-attr]
-        self.graph.register_initializer(value)
-        return value
-
-
-def _producer(value: ir.Value | None, op_type: str) -> ir.Node:
-    """The node that makes a value; the graphs are our own, so anything else is a fault of ours."""
-    node = value.producer() if value is not None else None
-    if node is None or node.op_type != op_type:
-        raise RuntimeError(f"expected {op_type} before {value}, found {node and node.op_type}")
-    return node
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    """Let `new` stand where `old` stood, under the same name and among the graph's outputs too."""
-    name = old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    old.name = f"{name}_replaced"
-    new.name, new.type, new.shape = name, old.type, old.shape
-
-
 def _use_group_query_attention(graph: ir.Graph, attentions: list[ir.Node], config: ModelConfig) -> None:
     text = config.text
-    shared = _Builder(graph, graph[0], "lengths")
+    shared = Builder(graph, graph[0], "lengths")
     kv_lengths = next(value for value in graph.inputs if value.name == "kv_lengths")
     one = shared.constant(np.array(1, np.int64))
     last = shared.add("Cast", [shared.add("Sub", [kv_lengths, one])], {"to": ir.DataType.INT32})
@@ -123,24 +89,24 @@ def _use_group_query_attention(graph: ir.Graph, attentions: list[ir.Node], confi
     total = shared.add("Cast", [longest], {"to": ir.DataType.INT32})
 
     for index, attention in enumerate(attentions):
-        build = _Builder(graph, attention, f"self_attention_{index}")
-        scatters = [_producer(attention.inputs[position], "TensorScatter") for position in (1, 2)]
+        build = Builder(graph, attention, f"self_attention_{index}")
+        scatters = [producer_of(attention.inputs[position], "TensorScatter") for position in (1, 2)]
         # The rows before heads were split off: Reshape and Transpose are undone.
         query, key, value = (
-            _producer(_producer(heads, "Transpose").inputs[0], "Reshape").inputs[0]
+            producer_of(producer_of(heads, "Transpose").inputs[0], "Reshape").inputs[0]
             for heads in (attention.inputs[0], scatters[0].inputs[1], scatters[1].inputs[1])
         )
         attributes = {"num_heads": text.num_heads, "kv_num_heads": text.num_kv_heads, "scale": text.head_dim**-0.5}
         inputs = [query, key, value, scatters[0].inputs[0], scatters[1].inputs[0], last, total]
         output = build.add("GroupQueryAttention", inputs, attributes, domain=_CONTRIB, num_outputs=3)
-        node = _producer(output, "GroupQueryAttention")
+        node = producer_of(output, "GroupQueryAttention")
         split = next(use.node for use in attention.outputs[0].uses())
         joined = next(use.node for use in split.outputs[0].uses())
         for new, old in zip(node.outputs, (joined.outputs[0], *(s.outputs[0] for s in scatters)), strict=True):
-            _replace(old, new)
+            replace(old, new)
         dead = [joined, split, attention, *scatters]
-        dead += [_producer(heads, "Transpose") for heads in (attention.inputs[0], *(s.inputs[1] for s in scatters))]
-        dead += [_producer(transpose.inputs[0], "Reshape") for transpose in dead[-3:]]
+        dead += [producer_of(heads, "Transpose") for heads in (attention.inputs[0], *(s.inputs[1] for s in scatters))]
+        dead += [producer_of(transpose.inputs[0], "Reshape") for transpose in dead[-3:]]
         graph.remove(dead, safe=True)
 
 
@@ -148,7 +114,7 @@ def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: Mod
     """Cross-attention: B batch, H query heads, G key/value heads, S new tokens, R = T*P rows, D head_dim."""
     text = config.text
     group = text.num_heads // text.num_kv_heads
-    shared = _Builder(graph, attentions[0], "cross_attention")
+    shared = Builder(graph, attentions[0], "cross_attention")
     mask = attentions[0].inputs[3]  # bool [B, 1, S, R]
     zero, lowest = shared.constant(np.array(0, np.float32)), shared.constant(np.array(_LOWEST, np.float32))
     bias = shared.add("Where", [mask, zero, lowest])
@@ -157,10 +123,10 @@ def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: Mod
     unfolded = shared.constant(np.array([0, text.num_heads, -1, text.head_dim], np.int64))
 
     for index, attention in enumerate(attentions):
-        build = _Builder(graph, attention, f"cross_attention_{index}")
+        build = Builder(graph, attention, f"cross_attention_{index}")
         query, key, value = attention.inputs[:3]
         query = build.add("Reshape", [query, folded])  # [B, G, H/G*S, D]
-        attributes: dict[str, int | float] = {"transB": 1, "alpha": text.head_dim**-0.5}
+        attributes: dict[str, int | float | list[int]] = {"transB": 1, "alpha": text.head_dim**-0.5}
         scores = build.add("FusedMatMul", [query, key], attributes, domain=_CONTRIB)  # [B, G, H/G*S, R]
         flat_shape = build.add("Shape", [scores])
         tokens = build.add("Shape", [mask], {"start": 2})  # [S, R]
@@ -169,21 +135,21 @@ def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: Mod
         weights = build.add("Softmax", [build.add("Add", [scores, bias])], {"axis": -1})  # [B, G, H/G, S, R]
         weights = build.add("Reshape", [weights, flat_shape])
         attended = build.add("Reshape", [build.add("MatMul", [weights, value]), unfolded])  # [B, H, S, D]
-        _replace(attention.outputs[0], attended)
+        replace(attention.outputs[0], attended)
         graph.remove(attention, safe=True)
 
 
 def _skip_without_pictures(graph: ir.Graph, config: ModelConfig) -> None:
     """Put every cross-attention layer into the branch of an If, whose other branch passes the residual through."""
     has_image = next(value for value in graph.inputs if value.name == "has_image")
-    shared = _Builder(graph, graph[0], "has_image")
+    shared = Builder(graph, graph[0], "has_image")
     as_number = shared.add("Cast", [has_image], {"to": ir.DataType.INT32})
     any_image = shared.add("ReduceMax", [as_number], {"keepdims": 0})
     any_image = shared.add("Cast", [any_image], {"to": ir.DataType.BOOL})
     for layer in config.text.cross_attention_layers:
         prefix = f"language_model.model.layers.{layer}."
         residual = _user(graph, f"{prefix}input_layernorm.weight", "RMSNormalization").inputs[0]
-        last = _user(graph, f"{prefix}mlp.down_proj.weight", "MatMul")
+        last = _user(graph, f"{prefix}mlp.down_proj.weight", *PRODUCTS)
         while last.op_type != "Add":  # gate, selection, residual
             last = next(use.node for use in last.outputs[0].uses())
         if residual is None:
@@ -210,10 +176,10 @@ def _skip_without_pictures(graph: ir.Graph, config: ModelConfig) -> None:
             node.replace_input_with(index, choice.outputs[0])
 
 
-def _user(graph: ir.Graph, weight: str, op_type: str) -> ir.Node:
-    """The node of that type that a weight reaches, through a cast and a transpose if they are there."""
+def _user(graph: ir.Graph, weight: str, *op_types: str) -> ir.Node:
+    """The node of those types that a weight reaches, through casts, transposes and the like if they are there."""
     value = graph.initializers[weight]
-    while (node := next(use.node for use in value.uses())).op_type != op_type:
+    while (node := next(use.node for use in value.uses())).op_type not in op_types:
         value = node.outputs[0]
     return node
 

@@ -3,7 +3,7 @@
 Under tracing each call becomes exactly one node of the operator it names; run eagerly they return zeros, so nothing
 here computes. Operator semantics: https://onnx.ai/onnx/operators/.
 
-Dimensions: B batch, S new tokens, H query heads, G key/value heads, C cache length, D head_dim.
+Dimensions: B batch, S new tokens, H query heads, G key/value heads, C cache length, R rows of a mask, D head_dim.
 """
 
 from __future__ import annotations
@@ -45,18 +45,12 @@ def tensor_scatter(cache: Tensor, update: Tensor, write_indices: Tensor) -> Tens
     return _node("TensorScatter", [cache, update, write_indices], {"axis": 2}, like=cache, version=24)
 
 
-def cached_attention(query: Tensor, key: Tensor, value: Tensor, kv_lengths: Tensor) -> Tensor:
-    """Causal attention of query [B, H, S, D] over the first kv_lengths [B] entries of a cache [B, G, C, D].
-
-    No softmax_precision in either attention: TensorRT's parser refuses it (and its kernels accumulate in float32).
-
-    The causal frontier is aligned to the bottom right: the last new token sits at position kv_lengths - 1.
-    """
-    attrs: Attributes = {"is_causal": 1, "scale": query.shape[-1] ** -0.5}
-    return _node("Attention", [query, key, value, None, None, None, kv_lengths], attrs, like=query, version=24)
-
-
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    """Attention of query [B, H, S, D] over key, value [B, G, R, D] where the boolean mask [B, 1, S, R] is true."""
+    """Attention of query [B, H, S, D] over key, value [B, G, R, D] where the boolean mask [B, 1, S, R] is true.
+
+    No softmax_precision: TensorRT's parser refuses it (and its kernels accumulate in float32). No is_causal with
+    nonpad_kv_seqlen for a cache either: that parser drops the lengths without a word, and aligns the causal frontier to
+    the first entries of the cache instead of the last.
+    """
     attrs: Attributes = {"scale": query.shape[-1] ** -0.5}
     return _node("Attention", [query, key, value, mask], attrs, like=query, version=24)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from mllama_exporter.modules.operators import (
     RMSNorm,
-    cached_attention,
     masked_attention,
     rotary_embedding,
     tensor_scatter,
@@ -67,8 +66,8 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], step: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, E], rope 2 x [B, S, D/2], cache 2 x [B, G, C, D], step (write_indices, kv_lengths) 2 x [B]."""
-        write_indices, kv_lengths = step
+        """x [B, S, E], rope 2 x [B, S, D/2], cache 2 x [B, G, C, D], step: write_indices [B], mask bool [B, 1, S, C]."""
+        write_indices, mask = step
         batch, seq, _ = x.shape
         query = rotary_embedding(self.q_proj(x), *rope, num_heads=self.num_heads)  # [B, S, H*D]
         key = rotary_embedding(self.k_proj(x), *rope, num_heads=self.num_kv_heads)  # [B, S, G*D]
@@ -77,7 +76,7 @@ class SelfAttention(nn.Module):
             new.view(batch, seq, self.num_kv_heads, self.head_dim).transpose(1, 2) for new in (key, self.v_proj(x))
         )
         key, value = (tensor_scatter(past, new, write_indices) for past, new in zip(cache, (key, value), strict=True))
-        attended = cached_attention(query, key, value, kv_lengths).transpose(1, 2).reshape(x.shape)
+        attended = masked_attention(query, key, value, mask).transpose(1, 2).reshape(x.shape)
         return self.o_proj(attended), key, value
 
 
@@ -185,6 +184,7 @@ class Decoder(nn.Module):
         """
         x = self.language_model.model.embed_tokens(input_ids)  # [B, S, E]
         rope = self._rope(input_ids, write_indices, x.dtype)
+        step = write_indices, self._self_attention_mask(kv_lengths, input_ids.shape[1], past[0].shape[2])
         mask, keep = self._cross_attention_mask(cross_attention_mask, has_image)
         self_caches, cross_caches = (
             iter(zip(past[::2], past[1::2], strict=True)),
@@ -195,7 +195,7 @@ class Decoder(nn.Module):
             if isinstance(layer, CrossAttentionLayer):
                 x = layer(x, *next(cross_caches), mask, keep)
             else:
-                x, key, value = layer(x, rope, next(self_caches), (write_indices, kv_lengths))
+                x, key, value = layer(x, rope, next(self_caches), step)
                 present += [key, value]
         last = x[torch.arange(x.shape[0]), logits_indices]  # [B, E]
         logits = self.language_model.lm_head(self.language_model.model.norm(last)).float()
@@ -206,6 +206,11 @@ class Decoder(nn.Module):
         positions = write_indices[:, None] + torch.arange(input_ids.shape[1])  # [B, S]
         angles = positions[..., None].float() * self.inv_freq
         return angles.cos().to(dtype), angles.sin().to(dtype)
+
+    def _self_attention_mask(self, kv_lengths: Tensor, seq: int, cache_len: int) -> Tensor:
+        """Cache entries each new token attends to, bool [B, 1, S, C]: the last new token is entry kv_lengths - 1."""
+        own = kv_lengths[:, None] - seq + torch.arange(seq)  # [B, S] each new token's own entry
+        return (torch.arange(cache_len) <= own[..., None]).unsqueeze(1)
 
     def _cross_attention_mask(self, tiles: Tensor, has_image: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Patches each token attends to [B, 1, S, T*P], and the tokens that take each branch, 2 x [B, S, 1].
