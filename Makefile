@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade pip
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cpu,export,dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[cpu,export,dev,trt-rtx]"
 	touch $(READY)
 
 clean:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -21,7 +21,7 @@ from mllama_runtime.config import MaskSemantics, ModelConfig
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import printable
 from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
-from mllama_runtime.tensorfile import TensorFile, read_header
+from mllama_runtime.tensorfile import read_header
 
 from mllama_exporter.checkpoint import Checkpoint, expected_tensors, truncate
 from mllama_exporter.graphs import (
@@ -86,7 +86,10 @@ def bundle_from_checkpoint(
         )
         writer.add_file(WEIGHTS_NAME, sha256=report.sha256)
         progress("saving", 0, 1)
-        specs = _write_graphs(graphs, read_header(report.path, error=BundleError), writer, config)
+        weights = read_header(report.path, error=BundleError)
+        for graph in graphs.values():
+            weights_attached(graph, weights, WEIGHTS_NAME)
+        specs = saved_graphs(graphs, writer, config)
         checkpoint.assert_unchanged()
         return writer.commit(_manifest(checkpoint, config, options, specs, plan, report))
 
@@ -108,13 +111,12 @@ def _weight_plan(graphs: dict[GraphKey, ir.Model], config: ModelConfig, options:
     return [WeightSpec(name, shapes[name], dtype) for name in names]
 
 
-def _write_graphs(
-    graphs: dict[GraphKey, ir.Model], weights: TensorFile, writer: BundleWriter, config: ModelConfig
+def saved_graphs(
+    graphs: Mapping[GraphKey, ir.Model], writer: BundleWriter, config: ModelConfig
 ) -> dict[GraphKey, GraphSpec]:
-    """Each standard graph and its ONNX Runtime twin, over the same weights file."""
+    """Each standard graph, its weights attached, and its ONNX Runtime twin over the same weights file."""
     specs: dict[GraphKey, GraphSpec] = {}
-    for key, graph in graphs.items():
-        standard = weights_attached(graph, weights, WEIGHTS_NAME)
+    for key, standard in graphs.items():
         twin_key = cast(GraphKey, f"{key}_ort")
         for model_key, model, file in (
             (key, standard, f"{key}.onnx"),

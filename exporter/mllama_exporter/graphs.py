@@ -21,6 +21,7 @@ from mllama_runtime.tensorfile import TensorFile
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
+from mllama_exporter.graph_edit import point_at
 from mllama_exporter.modules import Decoder, VisionEncoder
 from mllama_exporter.modules.text import inverse_frequencies
 
@@ -81,12 +82,7 @@ def weights_attached(model: ir.Model, weights: TensorFile, location: str) -> ir.
     """Point every weight at its bytes in the weights file (ONNX external data), in place; returns the model."""
     for name in weight_names(model):
         tensor = weights.tensors[name]
-        value = model.graph.initializers[name]
-        dtype = _IR_DTYPES[tensor.dtype]
-        value.dtype, value.shape = dtype, ir.Shape(tensor.shape)
-        value.const_value = ir.ExternalTensor(
-            location, tensor.offset_bytes, tensor.size_bytes, dtype, shape=ir.Shape(tensor.shape), name=name
-        )
+        point_at(model.graph.initializers[name], tensor, _IR_DTYPES[tensor.dtype], location)
     return model
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import onnx_ir as ir
 from mllama_runtime.backends.private_ort import ort
 from mllama_runtime.errors import BundleError
@@ -37,7 +39,7 @@ def activation_names(model: ir.Model) -> dict[str, str]:
         weight = weights[-1] or weight if weights else weight
         if not moving.isdisjoint(given) or (weights and node.op_type == "Gather"):
             floats = [value for value in node.outputs if value.dtype in _FLOATS]
-            moving.update(floats)
+            moving.update(node.outputs if node.op_type == "QuantizeLinear" else floats)
             names.update({value.name: weight for value in floats if value.name})
     return names
 
@@ -48,25 +50,78 @@ def observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, Mapping[s
     Names the graph does not have are left out, and of every If the then-branch is taken. An infinity comes through;
     whether a NaN does depends on where it stands, so what looks for NaN looks at the graph's own outputs.
     """
-    model = model.clone()
-    graph = model.graph
-    _take_branches(graph)
-    values = {value.name: value for node in graph for value in node.outputs}
     outputs: dict[str, str] = {}
+    watch = _Watch(model)
     for name in names:
-        if name not in values:
-            continue
-        magnitude = ir.node("Abs", [values[name]])
-        largest = ir.node("ReduceMax", magnitude.outputs, {"keepdims": 0})
-        result = ir.node("Cast", largest.outputs, {"to": ir.DataType.FLOAT})
-        for node, suffix in ((magnitude, "abs"), (largest, "max"), (result, "observed")):
-            node.name = f"{name}_{suffix}"
-            node.outputs[0].name = f"{name}_{suffix}"
-        result.outputs[0].type, result.outputs[0].shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(())
-        graph.extend((magnitude, largest, result))
-        graph.outputs.append(result.outputs[0])
-        outputs[f"{name}_observed"] = name
-    return model, outputs
+        if name in watch.values:
+            magnitude = watch.add(f"{name}_abs", "Abs", watch.values[name])
+            largest = watch.add(f"{name}_max", "ReduceMax", magnitude, keepdims=0)
+            result = watch.add(f"{name}_observed", "Cast", largest, to=ir.DataType.FLOAT)
+            outputs[watch.give(result, ir.DataType.FLOAT, ())] = name
+    return watch.model, outputs
+
+
+class ChannelOutputs(NamedTuple):
+    """Names of outputs about one tensor [..., C]: max |x| and sum of x^2 of each channel [C], and its rows [1]."""
+
+    max_abs: str
+    sum_squares: str
+    num_rows: str
+
+
+def observed_channels(model: ir.Model, widths: Mapping[str, int]) -> tuple[ir.Model, Mapping[str, ChannelOutputs]]:
+    """A copy with three outputs for each of these float32 tensors, of `width` channels; and tensor name -> outputs.
+
+    Raises BundleError naming a tensor that the graph does not have.
+    """
+    watch = _Watch(model)
+    outputs: dict[str, ChannelOutputs] = {}
+    for name, width in widths.items():
+        if name not in watch.values:
+            raise BundleError("the graph lacks a tensor to be observed", where=model.graph.name, expected=name)
+        rows = watch.add(f"{name}_rows", "Reshape", watch.values[name], watch.constant(f"{name}_shape", [-1, width]))
+        first = watch.constant(f"{name}_first", [0])
+        largest = watch.add(f"{name}_max", "ReduceMax", watch.add(f"{name}_abs", "Abs", rows), first, keepdims=0)
+        squares = watch.add(f"{name}_squares", "ReduceSumSquare", rows, first, keepdims=0)
+        num_rows = watch.add(f"{name}_num_rows", "Shape", rows, start=0, end=1)
+        outputs[name] = ChannelOutputs(
+            watch.give(largest, ir.DataType.FLOAT, (width,)),
+            watch.give(squares, ir.DataType.FLOAT, (width,)),
+            watch.give(num_rows, ir.DataType.INT64, (1,)),
+        )
+    return watch.model, outputs
+
+
+def branch_values(graph: ir.Graph) -> set[str]:
+    """Names of what is computed within the branches of an If: in the decoder, only when a row has a picture."""
+    branches = [node.attributes["then_branch"].as_graph() for node in graph if node.op_type == "If"]
+    return {str(value.name) for branch in branches for node in branch for value in node.outputs}
+
+
+class _Watch:
+    """A copy of a graph with branches taken, to which outputs are added; `values` are its tensors by name."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.model = model.clone()
+        _take_branches(self.model.graph)
+        self.values = {value.name: value for node in self.model.graph for value in node.outputs}
+
+    def add(self, name: str, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes, name=name)
+        node.outputs[0].name = name
+        self.model.graph.append(node)
+        return node.outputs[0]
+
+    def constant(self, name: str, values: list[int]) -> ir.Value:
+        value = ir.Value(name=name, const_value=ir.tensor(np.array(values, np.int64), name=name))
+        value.dtype, value.shape = ir.DataType.INT64, ir.Shape((len(values),))
+        self.model.graph.register_initializer(value)
+        return value
+
+    def give(self, value: ir.Value, dtype: ir.DataType, shape: tuple[int, ...]) -> str:
+        value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
+        self.model.graph.outputs.append(value)
+        return str(value.name)
 
 
 def _take_branches(graph: ir.Graph) -> None:

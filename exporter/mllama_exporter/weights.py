@@ -156,7 +156,7 @@ def _stream(
     progress: Callable[[int], object],
 ) -> tuple[str, dict[str, TensorStats]]:
     """The sha256 of all that was written, and what was found in each tensor."""
-    _write(fd, header, 0)
+    write_at(fd, header, 0)
     digest, done = hashlib.sha256(header), len(header)
     stats: dict[str, TensorStats] = {}
     buffers = np.empty((_NUM_BUFFERS, 2, _BLOCK_BYTES), np.uint8)  # used again: fresh pages cost more than a copy
@@ -188,7 +188,7 @@ def _convert(
         out = buffers[1, : block.size * block.target.itemsize].view(block.target)
         data = _cast(data, out, clamp and stats.num_beyond > 0)
     written = data.view(np.uint8).data
-    _write(fd, written, block.target_offset)
+    write_at(fd, written, block.target_offset)
     return stats, written
 
 
@@ -244,7 +244,8 @@ def _largest_bits(dtype: _DType, limit: float) -> int:
     return int(_bits(rounded)[0]) - (float(rounded[0]) > limit)
 
 
-def _write(fd: int, data: bytes | memoryview, offset: int) -> None:
+def write_at(fd: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of it, however many calls it takes."""
     rest = memoryview(data)
     while rest:
         count = os.pwrite(fd, rest, offset)

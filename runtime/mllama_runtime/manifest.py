@@ -1,6 +1,6 @@
 """manifest.json: what a bundle holds and promises. Written last by the exporter, read first by the runtime.
 
-Schema version 1. The same export gives the same bytes: sorted keys and no timestamps.
+Schema version 2 (1 had no quantization). The same export gives the same bytes: sorted keys and no timestamps.
 """
 
 from __future__ import annotations
@@ -10,19 +10,21 @@ import unicodedata
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mllama_runtime.config import MaskSemantics, ModelConfig, check_model
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import dump_json, is_clean, load_json, parse, show
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**50
 _SYMBOL = re.compile(r"([1-9][0-9]*\*)?[A-Za-z_][A-Za-z0-9_]*")  # "batch", or a multiple: "1601*num_tiles"
 
-Precision = Literal["fp32", "fp16", "bf16", "int8", "int8-weight", "int4", "fp8"]
+BasePrecision = Literal["fp32", "fp16", "bf16"]
+QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
+Precision = Literal[BasePrecision, QuantizedPrecision]
 GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 
@@ -74,6 +76,30 @@ class WeightStats:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """What activations were measured on; `sha256` is of the questions, answers and pixels, in order."""
+
+    num_samples: int
+    num_images: int
+    num_tokens: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a quantised bundle was made from one in `base` precision, which everything not quantised still has.
+
+    vision: the vision graph's scheme, or None where it was kept. kept: the weights, of those that could have been
+    quantised in a graph that is, which were not. calibration: None where none was needed.
+    """
+
+    base: BasePrecision
+    vision: QuantizedPrecision | None
+    kept: tuple[str, ...]
+    calibration: Calibration | None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineEntry:
     """An ahead-of-time engine; `key` is its folder below engines/."""
 
@@ -107,6 +133,7 @@ class Manifest:
     source: Source
     options: Mapping[str, bool | int | float | str | None]
     weights: WeightStats
+    quantization: Quantization | None = None
     engines: tuple[EngineEntry, ...] = ()
     validation: Validation | None = None
     schema_version: int = SCHEMA_VERSION
@@ -167,6 +194,13 @@ class _Check:
         for key, graph in manifest.graphs.items():
             self.graph(f"graphs.{key}", graph)
             self.listed(f"graphs.{key}.file", graph.file, manifest)
+        is_quantized = manifest.precision in get_args(QuantizedPrecision)
+        self.need(
+            is_quantized == (manifest.quantization is not None),
+            "precision and quantization contradict each other",
+            "quantization",
+            expected="one for each quantised precision, and for no other",
+        )
         for index, engine in enumerate(manifest.engines):
             for path in engine.files:
                 self.listed(f"engines[{index}].files", path, manifest)

@@ -173,14 +173,14 @@ def test_files_that_are_not_what_they_should_be_are_named(name: str, checkpoint:
 def test_a_checkpoint_that_changes_meanwhile_is_noticed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_graphs = export_module._write_graphs
+    saved_graphs = export_module.saved_graphs
 
     def touch_then_write(*arguments):  # stands for another program that writes at the wrong moment
         shard = next(checkpoint.glob("*.safetensors"))
         shard.write_bytes(shard.read_bytes())
-        return write_graphs(*arguments)
+        return saved_graphs(*arguments)
 
-    monkeypatch.setattr(export_module, "_write_graphs", touch_then_write)
+    monkeypatch.setattr(export_module, "saved_graphs", touch_then_write)
     with pytest.raises(CheckpointError, match="changed while it was read"):
         bundle_from_checkpoint(checkpoint, tmp_path / "bundle", ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

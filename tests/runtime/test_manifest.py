@@ -109,8 +109,8 @@ def listed(path: str, **entry: object) -> Callable[[Json], None]:
 
 FIELDS = {
     "unknown version": (
-        put("schema_version", 2),
-        "schema_version: unknown schema version: expected 1, found 2; install the mllama-deploy",
+        put("schema_version", 1),
+        "schema_version: unknown schema version: expected 2, found 1; install the mllama-deploy",
     ),
     "huge version": (put("schema_version", 10**400), "unknown schema version"),
     "version of another type": (

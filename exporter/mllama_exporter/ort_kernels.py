@@ -1,0 +1,114 @@
+"""Products by quantised matrices, in ONNX Runtime's own kernels; a step of making the twin (`ort_graphs`).
+
+- Weight-only (int8-weight, int4): MatMulNBits, which reads the packed weights as they are. It wants them unsigned with
+  zero in the middle; flipping the top bit of each does that, and is folded at load.
+- int8 with int8 activations: MatMulInteger, the exact arithmetic of the scheme, instead of products in float32.
+- fp8: the CPU has no kernel, so weights are spread to float32 at load; activations are still rounded to the grid.
+
+Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md, https://onnx.ai/onnx/operators/
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from mllama_exporter.graph_edit import Builder, producer_of, replace
+
+_CONTRIB = "com.microsoft"
+PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger")
+"""What a matrix may be multiplied by in a twin."""
+
+# MatMulNBits may round a block of activations to eight bits too (level 4), which its fast kernels do; computing in
+# float32 instead (level 0) takes twice as long for four-bit weights and twenty times for eight (measured: README).
+_ACCURACY_LEVEL = 4
+_MAX_BLOCK, _MIN_BLOCK = 128, 16  # what MatMulNBits takes; blocks are powers of two
+
+
+def use_quantized_kernels(graph: ir.Graph) -> None:
+    """Rewrite every product by a dequantised matrix, in place."""
+    for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
+        weight = node.inputs[0]
+        if weight is None or not weight.is_initializer():
+            continue
+        user = next(use.node for use in node.outputs[0].uses())
+        product = next(use.node for use in user.outputs[0].uses()) if user.op_type == "Transpose" else user
+        if weight.dtype == ir.DataType.FLOAT8E4M3FN:
+            _spread(graph, node)
+        elif _is_dequantized(product.inputs[0]):
+            _use_integers(graph, node, product)
+        else:
+            _use_packed(graph, node, product)
+
+
+def _is_dequantized(value: ir.Value | None) -> bool:
+    producer = value.producer() if value is not None else None
+    return producer is not None and producer.op_type == "DequantizeLinear"
+
+
+def _spread(graph: ir.Graph, dequantize: ir.Node) -> None:
+    """weight * scale, each row its own: [out, in], [out]. Nodes that ONNX Runtime folds, unlike DequantizeLinear."""
+    weight, scale = dequantize.inputs[:2]
+    build = Builder(graph, dequantize, f"{weight.name}_spread")  # type: ignore[union-attr]
+    column = build.add("Unsqueeze", [scale, build.constant(np.array([1], np.int64))])
+    spread = build.add("Mul", [build.add("Cast", [weight], {"to": ir.DataType.FLOAT}), column])
+    replace(dequantize.outputs[0], spread)
+    graph.remove(dequantize, safe=True)
+
+
+def _use_integers(graph: ir.Graph, dequantize: ir.Node, product: ir.Node) -> None:
+    weight, weight_scale = dequantize.inputs[:2]
+    activation = producer_of(product.inputs[0], "DequantizeLinear")
+    build = Builder(graph, product, f"{weight.name}_integer")  # type: ignore[union-attr]
+    turned = build.add("Transpose", [weight], {"perm": [1, 0]})
+    whole = build.add("MatMulInteger", [activation.inputs[0], turned])
+    scale = build.add("Mul", [weight_scale, activation.inputs[1]])
+    result = build.add("Mul", [build.add("Cast", [whole], {"to": ir.DataType.FLOAT}), scale])
+    _put(graph, dequantize, product, result)
+    if not activation.outputs[0].uses():
+        graph.remove(activation, safe=True)
+
+
+def _use_packed(graph: ir.Graph, dequantize: ir.Node, product: ir.Node) -> None:
+    """Weights [out, in] as [out, blocks, bytes of a block], scales [out, blocks]."""
+    weight, scale = dequantize.inputs[:2]
+    tensor = weight.const_value if weight is not None else None
+    if weight is None or not isinstance(tensor, ir.ExternalTensor):
+        raise RuntimeError(f"{weight} is not in the weights file")
+    rows, columns = (int(size) for size in tensor.shape)  # type: ignore[arg-type]
+    bits = 4 if tensor.dtype == ir.DataType.INT4 else 8
+    block = dequantize.attributes["block_size"].as_int() if "block_size" in dequantize.attributes else _block(columns)
+    if columns % block:
+        return  # ONNX Runtime dequantises such a matrix at every step
+    packed_shape = ir.Shape((rows, columns // block, block * bits // 8))
+    build = Builder(graph, product, f"{weight.name}_packed")
+    weight.const_value = ir.ExternalTensor(
+        tensor.location, tensor.offset, tensor.length, ir.DataType.UINT8, shape=packed_shape, name=str(weight.name)
+    )
+    weight.type, weight.shape = ir.TensorType(ir.DataType.UINT8), packed_shape
+    flip = build.constant(np.array(0x88 if bits == 4 else 0x80, np.uint8))
+    unsigned = build.add("BitwiseXor", [weight, flip])
+    if "block_size" not in dequantize.attributes:
+        column = build.add("Unsqueeze", [scale, build.constant(np.array([1], np.int64))])
+        scale = build.add("Expand", [column, build.constant(np.array([rows, columns // block], np.int64))])
+    attributes: dict[str, int | float | list[int]] = {
+        "K": columns,
+        "N": rows,
+        "bits": bits,
+        "block_size": block,
+        "accuracy_level": _ACCURACY_LEVEL,
+    }
+    result = build.add("MatMulNBits", [product.inputs[0], unsigned, scale], attributes, domain=_CONTRIB)
+    _put(graph, dequantize, product, result)
+
+
+def _block(columns: int) -> int:
+    """The largest block that divides a row, for scales that are the row's."""
+    return next((size for size in (128, 64, 32, _MIN_BLOCK) if columns % size == 0), _MAX_BLOCK)
+
+
+def _put(graph: ir.Graph, dequantize: ir.Node, product: ir.Node, result: ir.Value) -> None:
+    """`result` instead of the product, and what only the product needed away."""
+    between = [use.node for use in dequantize.outputs[0].uses() if use.node is not product]  # a Transpose, or nothing
+    replace(product.outputs[0], result)
+    graph.remove([product, *between, dequantize], safe=True)

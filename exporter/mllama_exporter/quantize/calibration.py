@@ -1,0 +1,207 @@
+"""What a bundle's activations look like, channel by channel: pictures with questions -> statistics of every input.
+
+The bundle answers each question itself, then its own graphs run over prompt and answer with more outputs. No torch
+model is loaded; weights stay in the bundle's file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.engine import Engine, Request
+from mllama_runtime.errors import InputError
+from mllama_runtime.evaluation.questions import Question, task_from_jsonl
+from mllama_runtime.images import load_image
+from mllama_runtime.manifest import Calibration
+from mllama_runtime.preprocessing import ImageTiles, preprocess
+from mllama_runtime.prompt import image_visibility
+from mllama_runtime.sampling import SamplingParams
+from numpy.typing import NDArray
+
+from mllama_exporter.feeds import decoder_inputs, vision_inputs
+from mllama_exporter.observer import branch_values, observed_channels, session_from_model
+from mllama_exporter.quantize.layers import Group
+from mllama_exporter.quantize.scheme import FloatArray
+
+Progress = Callable[[int, int], object]
+_QUESTIONS = ("Describe the picture.", "What do you see?", "How many things are there, and where?")
+_MAX_NEW_TOKENS = 32
+_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
+
+
+@dataclass(slots=True, eq=False)
+class ChannelStatistics:
+    """Of one activation: the largest magnitude and the mean square of each channel, [C], over `num_rows` rows."""
+
+    max_abs: FloatArray
+    sum_squares: NDArray[np.float64]
+    num_rows: int = 0
+
+    @property
+    def mean_square(self) -> FloatArray:
+        return (self.sum_squares / max(1, self.num_rows)).astype(np.float32)
+
+    def add(self, max_abs: FloatArray, sum_squares: FloatArray, num_rows: int) -> None:
+        self.max_abs = np.maximum(self.max_abs, max_abs)
+        self.sum_squares += sum_squares
+        self.num_rows += num_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Statistics of every group's input, and what they were measured on."""
+
+    statistics: Mapping[Group, ChannelStatistics]
+    calibration: Calibration
+
+
+def calibration_samples(path: Path) -> tuple[Question, ...]:
+    """Questions from a JSONL file, as `mllama eval` reads them but answers are optional; or a folder's pictures.
+
+    Raises:
+        InputError: there are none, or a line is wrong.
+    """
+    if not path.is_dir():
+        return task_from_jsonl(path, with_answers=False).questions
+    pictures = sorted(each for each in path.iterdir() if each.suffix.lower() in _SUFFIXES)
+    if not pictures:
+        raise InputError("holds no pictures", where=path, expected=f"files ending in {', '.join(_SUFFIXES)}")
+    return tuple(
+        Question(id=each.name, text=_QUESTIONS[index % len(_QUESTIONS)], answers=(), images=(each,))
+        for index, each in enumerate(pictures)
+    )
+
+
+def check_pictures(samples: Sequence[Question]) -> None:
+    """Refuse samples without a single picture: the cross-attention layers would be measured on nothing."""
+    if not any(sample.images for sample in samples):
+        raise InputError(
+            "there is no picture among the calibration samples",
+            expected="pictures with questions",
+            found=f"{len(samples)} questions about no picture",
+            hint="cross-attention layers see nothing but pictures: add some like those the model will see",
+        )
+
+
+def measured(
+    bundle: Bundle,
+    engine: Engine,
+    samples: Sequence[Question],
+    groups: Mapping[str, Sequence[Group]],
+    progress: Progress,
+) -> Measured:
+    """Statistics of every group's input.
+
+    Args:
+        engine: the bundle's, open.
+        groups: of the graphs to be quantised, by "vision" and "decoder".
+
+    Raises:
+        InputError: an activation that was never seen, is always zero or not finite, naming the weights it multiplies.
+        ImageError, RequestError: a sample that cannot be used.
+    """
+    check_pictures(samples)
+    run = _Run(bundle, engine, groups)
+    for done, sample in enumerate(samples):
+        progress(done, len(samples))
+        run.add(sample)
+    progress(len(samples), len(samples))
+    for group, statistics in run.statistics.items():
+        check_statistics(statistics, group)
+    return Measured(run.statistics, run.record(len(samples)))
+
+
+def check_statistics(statistics: ChannelStatistics, group: Group) -> None:
+    """Refuse what no scale can be made from. Raises InputError naming the group's weights."""
+    largest = float(statistics.max_abs.max())
+    if statistics.num_rows and np.isfinite(statistics.max_abs).all() and largest > 0:
+        return
+    raise InputError(
+        "calibration gives no usable scale for its input",
+        where=", ".join(group.members),
+        expected="activations that are finite and not all zero",
+        found="no data" if not statistics.num_rows else f"largest {largest:g}",
+        hint="calibrate on pictures and questions like those the model will see",
+    )
+
+
+@dataclass(slots=True)
+class _Run:
+    """Sums over samples; the observed graphs, and the hash of what went through them."""
+
+    bundle: Bundle
+    engine: Engine
+    groups: Mapping[str, Sequence[Group]]
+    statistics: dict[Group, ChannelStatistics] = field(default_factory=dict)
+    num_images: int = 0
+    num_tokens: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+    graphs: dict[str, _ObservedGraph] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for group in (each for of in self.groups.values() for each in of):
+            zeros = np.zeros(group.width, np.float32)
+            self.statistics[group] = ChannelStatistics(zeros, zeros.astype(np.float64))
+        for key in ("vision", "decoder"):
+            self.graphs[key] = _ObservedGraph(self.bundle, key, self.groups.get(key, ()))
+
+    def add(self, sample: Question) -> None:
+        request = Request(sample.prompt, images=sample.images, sampling=SamplingParams(max_new_tokens=_MAX_NEW_TOKENS))
+        prompt = self.engine.prompt(request)
+        answer = self.engine.generate_batch([request])[0].token_ids
+        token_ids, model = (*prompt.token_ids, *answer), self.bundle.manifest.model
+        tiles = [preprocess(load_image(each), self.engine.preprocessor) for each in prompt.images]  # type: ignore[arg-type]
+        cross = [self._run("vision", vision_inputs(each)) for each in tiles]
+        visibility = image_visibility(token_ids, model.image_token_id, [each.num_tiles for each in tiles])
+        self._run("decoder", decoder_inputs(model, token_ids, visibility, tiles, cross), has_image=bool(tiles))
+        self._count(token_ids, tiles)
+
+    def record(self, num_samples: int) -> Calibration:
+        return Calibration(num_samples, self.num_images, self.num_tokens, self.digest.hexdigest())
+
+    def _run(self, key: str, inputs: Mapping[str, NDArray[Any]], *, has_image: bool = True) -> dict[str, NDArray[Any]]:
+        outputs, found = self.graphs[key].run(inputs, has_image=has_image)
+        for group, values in found.items():
+            self.statistics[group].add(*values)
+        return outputs
+
+    def _count(self, token_ids: Sequence[int], tiles: Sequence[ImageTiles]) -> None:
+        self.num_images += len(tiles)
+        self.num_tokens += len(token_ids)
+        self.digest.update(np.array(token_ids, "<i8").tobytes())
+        for each in tiles:
+            self.digest.update(each.pixel_values.tobytes())
+
+
+class _ObservedGraph:
+    """A graph for ONNX Runtime that also gives what is known of its activations' channels."""
+
+    def __init__(self, bundle: Bundle, key: str, groups: Sequence[Group]) -> None:
+        spec = bundle.manifest.graphs["vision_ort" if key == "vision" else "decoder_ort"]
+        model = ir.load(bundle.path(spec.file))
+        self._behind_pictures = branch_values(model.graph)
+        self._names = [str(output.name) for output in model.graph.outputs]
+        observed, outputs = observed_channels(model, {group.activation: group.width for group in groups})
+        self._outputs = {group: outputs[group.activation] for group in groups}
+        self._session = session_from_model(observed, bundle.root)
+
+    def run(
+        self, inputs: Mapping[str, NDArray[Any]], *, has_image: bool
+    ) -> tuple[dict[str, NDArray[Any]], dict[Group, tuple[FloatArray, FloatArray, int]]]:
+        """The graph's own outputs; and of each activation the largest magnitudes, sums of squares, and rows."""
+        names = self._names + [name for outputs in self._outputs.values() for name in outputs]
+        results = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        found = {
+            group: (results[outputs.max_abs], results[outputs.sum_squares], results[outputs.num_rows].item())
+            for group, outputs in self._outputs.items()
+            if has_image
+            or group.activation not in self._behind_pictures  # text alone does not go there: what is there is noise
+        }
+        return {name: results[name] for name in self._names}, found
