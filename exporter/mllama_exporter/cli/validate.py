@@ -11,6 +11,7 @@ import click
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
 from mllama_runtime.errors import GateError, InputError
+from mllama_runtime.evaluation.result import Result
 from mllama_runtime.fields import dump_json
 
 _EXAMPLE = example(
@@ -42,6 +43,14 @@ _EXAMPLE = example(
     show_default=True,
     help="Tokens to generate for each built-in sample, at most.",
 )
+@click.option(
+    "--accuracy",
+    "accuracy_files",
+    metavar="FILE",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A result of `mllama eval`, of this bundle or of another precision, to be shown side by side. Repeatable.",
+)
 @click.option("--layers", "with_layers", is_flag=True, help="Print the first-divergence table: every layer's error.")
 @json_option
 @click.pass_context
@@ -51,13 +60,17 @@ def command(
     reference: Path,
     task: Path | None,
     max_steps: int,
+    accuracy_files: tuple[Path, ...],
     with_layers: bool,
     as_json: bool,
 ) -> None:
     """Compare BUNDLE with its checkpoint in transformers, and stamp the verdict into the bundle.
 
     Preprocessing, tokens, every key, value and cache tensor, logits, decoding and generation are measured on built-in
-    samples, and held to the thresholds of the bundle's precision.
+    samples, and held to the thresholds of the bundle's precision. What every layer adds is measured too, so that a
+    failure names the layer it begins in. The reports are reports/validation.json and, for people, validation.html.
+
+    With the results of `mllama eval` for this bundle and for FP32 on the same task, the drop in accuracy is checked.
 
     The reference is loaded in float32: 4 bytes of memory a parameter, 43 GB for the 11B model, 355 GB for the 90B one.
     It is freed before the bundle itself is loaded.
@@ -66,14 +79,24 @@ def command(
     if not os.access(opened.root, os.W_OK):
         raise InputError("is read-only, and the verdict goes into it", where=opened.root, hint="validate a copy")
     click.echo("loading transformers", err=True)
-    from mllama_exporter.validate import REPORT_NAME, questions_from_jsonl, report_from_bundle
+    from mllama_exporter.validate import (
+        PAGE_NAME,
+        REPORT_NAME,
+        page_from_report,
+        questions_from_jsonl,
+        report_from_bundle,
+    )
 
+    accuracy = [Result.from_file(path) for path in accuracy_files]
     questions = [] if task is None else questions_from_jsonl(task)
-    report = report_from_bundle(opened, reference, task=questions, max_steps=max_steps, progress=_show)
-    opened.stamp(report.validation(), {REPORT_NAME: dump_json(report.to_plain())})
+    report = report_from_bundle(
+        opened, reference, task=questions, max_steps=max_steps, accuracy=accuracy, progress=_show
+    )
+    plain = report.to_plain()
+    opened.stamp(report.validation(), {REPORT_NAME: dump_json(plain), PAGE_NAME: page_from_report(plain)})
     if with_layers and not as_json:
         click.echo(f"{report.layers_to_text()}\n")
-    click.echo(json.dumps(report.to_plain()) if as_json else report.to_text())
+    click.echo(json.dumps(plain) if as_json else report.to_text())
     if report.failed:
         ctx.exit(GateError.exit_code)
 

@@ -19,11 +19,12 @@ from mllama_runtime.bundle import Bundle
 from mllama_runtime.engine import Request
 from mllama_runtime.errors import BundleError, GateError, InputError, RequestError, ResourceError
 from mllama_runtime.evaluation.result import Result
+from mllama_runtime.manifest import Manifest
 from mllama_runtime.sampling import SamplingParams
 
 from mllama_exporter.checkpoint import Checkpoint
 from mllama_exporter.validate.agreement import agreements, answers_from_sample
-from mllama_exporter.validate.checks import Observation, checks_from_observations
+from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
 from mllama_exporter.validate.compare import (
     Candidate,
     Generated,
@@ -44,7 +45,7 @@ from mllama_exporter.validate.report import NotRun, ReferenceInfo, Report
 from mllama_exporter.validate.samples import Sample, builtin_samples
 from mllama_exporter.validate.spots import reference_modules
 from mllama_exporter.validate.task import MAX_ANSWER_TOKENS, Question, accuracy_check
-from mllama_exporter.validate.thresholds import TASK_ACCURACY_DROP, Bounds, GraphKind, base_of, bounds_of
+from mllama_exporter.validate.thresholds import ACCURACY_DROP, Bounds, GraphKind, base_of, bounds_of
 
 _TOOLS = ("numpy", "onnxruntime", "torch", "transformers")
 _BYTES_PER_PARAMETER = 4
@@ -124,9 +125,10 @@ def report_from_bundle(
     not_run.append(NotRun("engines", "no back end runs them yet"))
     if task:
         expected = [each.answer for each in asked]
-        checks.append(accuracy_check(task, answers, expected, TASK_ACCURACY_DROP[precision]))
+        checks.append(accuracy_check(task, answers, expected, ACCURACY_DROP[precision]))
     else:
         not_run.append(NotRun("task_accuracy", "no task was given"))
+    checks += accuracy_drops(bundle.manifest, accuracy)
     versions = {name: importlib.metadata.version(name) for name in _TOOLS}
     return Report(
         manifest=bundle.manifest,
@@ -150,6 +152,22 @@ def report_from_bundle(
         answers=tuple(shown),
         accuracy=tuple(accuracy),
     )
+
+
+def accuracy_drops(manifest: Manifest, results: Sequence[Result]) -> list[Check]:
+    """How far the bundle's own results are below FP32's on the same questions; the worst, if there are such pairs."""
+    own = [each for each in results if (each.bundle, each.precision) == (manifest.name, manifest.precision)]
+    pairs = [
+        (base, each)
+        for each in own
+        for base in results
+        if base.precision == "fp32" and (base.task, base.metric) == (each.task, each.metric) and base is not each
+    ]
+    if not pairs:
+        return []
+    base, worst = max(pairs, key=lambda pair: pair[0].score - pair[1].score)
+    detail = f"{worst.task.name}, {worst.metric}: {worst.score:.4f} against {base.score:.4f} in fp32"
+    return [Check("accuracy_drop", base.score - worst.score, ACCURACY_DROP[manifest.precision], False, detail)]
 
 
 def _inputs(processor: ReferenceProcessor, samples: Sequence[Sample]) -> tuple[list[ReferenceInputs], list[NotRun]]:

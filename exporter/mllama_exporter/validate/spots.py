@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NoReturn, get_args
+from typing import Literal, NoReturn, cast, get_args
 
 import onnx_ir as ir
 from mllama_runtime.config import ModelConfig
@@ -66,9 +66,6 @@ def _tower(model: ModelConfig) -> Iterator[Spot]:
                 start, state = state, f"{tower}.{layer}.{branch}"
                 yield Spot(state, "vision", f"{title} layer {layer}", kind, start)
     yield Spot("projector", "vision", "projector", "projection")
-    for layer in model.text.cross_attention_layers:
-        for kind in ("key", "value"):
-            yield Spot(f"cross_{kind}_{layer}", "cross", f"decoder layer {layer}", f"cross-attention {kind}")
 
 
 def _decoder(model: ModelConfig) -> Iterator[Spot]:
@@ -76,10 +73,11 @@ def _decoder(model: ModelConfig) -> Iterator[Spot]:
     yield Spot(state, "decoder", "decoder input", "embedding")
     for layer in range(model.text.num_layers):
         title, is_cross = f"decoder layer {layer}", layer in model.text.cross_attention_layers
-        if not is_cross:
-            for kind in ("key", "value"):
-                yield Spot(f"past_{kind}_{layer}", "decoder", title, f"self-attention {kind}")
-        for branch, kind in (("attention", "cross-attention" if is_cross else "self-attention"), ("mlp", "MLP")):
+        attention = "cross-attention" if is_cross else "self-attention"
+        for kind in ("key", "value"):
+            tensor, group = (f"cross_{kind}_{layer}", "cross") if is_cross else (f"past_{kind}_{layer}", "decoder")
+            yield Spot(tensor, cast(Group, group), title, f"{attention} {kind}")
+        for branch, kind in (("attention", attention), ("mlp", "MLP")):
             start, state = state, f"decoder.{layer}.{branch}"
             yield Spot(state, "decoder", title, kind, start)
     yield Spot("logits", "decoder", "language head", "norm and projection")
