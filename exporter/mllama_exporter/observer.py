@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import onnx_ir as ir
-from mllama_runtime.backends.private_ort import ort
+from mllama_runtime.backends.private_ort import ort, session_options
 from mllama_runtime.errors import BundleError
 from onnx_ir.passes.common import ShapeInferencePass
 
@@ -138,8 +138,7 @@ def _take_branches(graph: ir.Graph) -> None:
 
 def session_from_model(model: ir.Model, folder: Path) -> ort.InferenceSession:
     """A session of a graph in memory whose weights file lies in `folder`. Raises BundleError."""
-    options = ort.SessionOptions()
-    options.log_severity_level = _LOG_ERRORS_ONLY
+    options = session_options(log_severity_level=_LOG_ERRORS_ONLY)
     options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder))
     data = ir.to_proto(model).SerializeToString()
     try:

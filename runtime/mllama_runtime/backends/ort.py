@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime.backends import Features
-from mllama_runtime.backends.private_ort import ort
+from mllama_runtime.backends.private_ort import ort, session_options
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.contract import decoder_shapes, vision_shapes
@@ -87,9 +87,8 @@ class OrtBackend:
             return OrtSlots(_opened(self._decoder), model, num_slots, cache_len, num_tiles)
 
     def _session(self, graph: Literal["vision", "decoder"]) -> ort.InferenceSession:
-        options = ort.SessionOptions()
+        options = session_options(log_severity_level=_LOG_FATAL_ONLY)
         options.intra_op_num_threads = self._num_threads
-        options.log_severity_level = _LOG_FATAL_ONLY
         key, graphs = f"{graph}{self._suffix}", self._bundle.manifest.graphs
         file = {str(known): spec.file for known, spec in graphs.items()}.get(key)
         if file is None:
