@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import math
@@ -10,14 +9,12 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 from click.testing import CliRunner, Result
-from ml_dtypes import bfloat16
+from exporter._faults import LAYER, change_weight, relist, slow_rotary, times
 from mllama_exporter.checkpoint import Checkpoint
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 from mllama_exporter.validate import REPORT_NAME, Check, Report, questions_from_jsonl, report_from_bundle
@@ -31,20 +28,17 @@ from mllama_exporter.validate.checks import (
 )
 from mllama_exporter.validate.samples import Sample, builtin_samples
 from mllama_exporter.validate.task import accuracy_check, question_from_task
-from mllama_exporter.validate.thresholds import BF16_WEIGHTS, EXACT, FP16, FP16_WEIGHTS, Bound, bounds_of
+from mllama_exporter.validate.thresholds import BF16_WEIGHTS, EXACT, FP16, FP16_WEIGHTS, QUANTIZED, Bound, bounds_of
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import main
 from mllama_runtime.decode import PREFILL_CHUNK
-from mllama_runtime.errors import BundleError, EnvironmentFault, InputError, ResourceError
+from mllama_runtime.errors import EnvironmentFault, InputError, ResourceError
 from mllama_runtime.evaluation.questions import Question
 from mllama_runtime.images import load_image
-from mllama_runtime.manifest import FileEntry
+from mllama_runtime.manifest import Quantization
 from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
-from mllama_runtime.tensorfile import read_header
 
-DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": bfloat16}
 FEW = ("canvas_1x1", "text_only", "text_before_picture", "canvas_2x2")
-LAYER = "language_model.model.layers."
 
 
 def mllama(*args: object) -> Result:
@@ -64,38 +58,6 @@ def checks(report: Report) -> dict[str, Check]:
 
 
 # Planted faults: a bundle's copy is changed, and its manifest made to agree.
-
-
-def relist(bundle: Path, *, without: tuple[str, ...] = (), **fields: object) -> None:
-    """Let the manifest say that the folder is right as it is."""
-    manifest = Bundle.read(bundle).manifest
-    contents = {name: (bundle / name).read_bytes() for name in manifest.files if name not in without}
-    files = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in contents.items()}
-    (bundle / "manifest.json").write_bytes(replace(manifest, files=files, **fields).to_json())
-
-
-def change_weight(bundle: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
-    path = bundle / "weights.safetensors"
-    info = read_header(path, error=BundleError).tensors[name]
-    data = bytearray(path.read_bytes())
-    array = np.frombuffer(data, DTYPES[info.dtype], math.prod(info.shape), info.offset_bytes)
-    array[:] = change(array.astype(np.float32)).astype(array.dtype)
-    path.write_bytes(data)
-
-
-def times(bundle: Path, name: str, factor: float) -> None:
-    change_weight(bundle, name, lambda values: values * factor)
-
-
-def slow_rotary(bundle: Path) -> None:
-    """The slowest frequencies without Llama 3.1's division by eight."""
-    for file in ("decoder.onnx", "decoder.ort.onnx"):
-        model = onnx.load(bundle / file, load_external_data=False)
-        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "inv_freq")
-        values = onnx.numpy_helper.to_array(tensor).copy()
-        values[-8:] *= 8
-        tensor.CopyFrom(onnx.numpy_helper.from_array(values, "inv_freq"))
-        onnx.save(model, bundle / file)
 
 
 def edit(bundle: Path, file: str, old: str, new: str) -> None:
@@ -201,11 +163,12 @@ def test_fp32_through_the_command(bundle_of, miniature: Path, tmp_path: Path) ->
     assert (report["precision"], report["mask_semantics"], report["backend"]) == ("fp32", "hf", "cpu")
     assert report["reference"]["fingerprint"] == Checkpoint.open(miniature).fingerprint()
     assert report["tools"]["transformers"] in report["reference"]["library"]
-    assert report["not_run"] == []
-    assert report["num_samples"] == 14
+    assert [each["name"] for each in report["not_run"]] == ["engines"]
+    assert report["num_samples"] == 54
 
     text = Bundle.open(bundle).manifest.model.text
     layered = [
+        *("layers_vision", "layers_cross", "layers_rotary", "layers_decoder"),
         *(f"cross_{kind}_{layer}" for layer in text.cross_attention_layers for kind in ("key", "value")),
         *(f"past_{kind}_{layer}" for layer in text.self_attention_layers for kind in ("key", "value")),
         "prefill_logits",
@@ -231,7 +194,7 @@ def test_fp32_through_the_command(bundle_of, miniature: Path, tmp_path: Path) ->
     assert Bundle.open(bundle).verify(full=True).problems == ()
     shown = mllama("inspect", bundle).stdout
     assert f"pass: 0 of {len(report['checks'])} checks failed" in shown
-    assert "loading transformers\nreference: 14 samples\n" in result.stderr
+    assert "loading transformers\nreference: 54 samples\n" in result.stderr
 
 
 def test_a_failure_through_the_command(bundle_of, miniature: Path, tmp_path: Path) -> None:
@@ -243,9 +206,10 @@ def test_a_failure_through_the_command(bundle_of, miniature: Path, tmp_path: Pat
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["check", "value", "threshold", "where"]
     assert lines[1].split()[:5] == ["pixel_values", "0", "<=", "1e-06", "ok"]
-    assert next(line for line in lines if " FAIL " in line).startswith("past_key_4 ")
+    assert next(line for line in lines if " FAIL " in line).startswith("layers_decoder ")
     assert "not run: task_accuracy: no task was given" in lines
-    assert "the first is past_key_4" in lines[-1]
+    assert "the first is layers_decoder is 1." in lines[-1]
+    assert "(decoder layer 2, self-attention, " in lines[-1]
     assert Bundle.open(bundle).manifest.validation.verdict == "fail"
     assert "checks failed against checkpoint (transformers" in mllama("inspect", bundle).stdout
 
@@ -275,6 +239,7 @@ def test_bf16_truncated(miniature: Path, truncated: Path) -> None:
     assert not any(name.startswith("standard_") for name in checks(report))
     assert [(each.name, each.reason) for each in report.not_run] == [
         ("standard graphs", "ONNX Runtime's CPU provider has no bf16 kernels"),
+        ("engines", "no back end runs them yet"),
         ("task_accuracy", "no task was given"),
     ]
 
@@ -437,10 +402,29 @@ def test_checks_stand_in_the_order_of_the_data() -> None:
     ],
 )
 def test_thresholds_follow_the_arithmetic(precision, dtypes, num_clamped, twin, standard) -> None:
-    bounds = bounds_of(precision, dtypes, num_clamped)
+    bounds = bounds_of(precision, None, dtypes, num_clamped)
     assert bounds["ort"]["past"].limit == twin.tensors
     assert (bounds["standard"]["past"].limit if standard else None) == (standard.tensors if standard else None)
     assert standard or "standard" not in bounds
+
+
+@pytest.mark.parametrize(("base", "vision"), [("fp16", None), ("fp32", "int8"), ("bf16", None)])
+def test_what_is_not_quantised_is_held_to_the_base(base, vision) -> None:
+    bounds = bounds_of("int4", Quantization(base, vision, (), None), {"BF16"}, 0)
+    assert set(bounds) == ({"ort"} if base == "bf16" else {"ort", "standard"})
+    for kind, each in bounds.items():
+        kept = QUANTIZED[vision] if vision else FP16 if kind == "standard" else EXACT
+        assert each["layers_vision"].limit == each["layers_cross"].limit == kept.layers
+        assert each["cross"].limit == kept.tensors
+        assert each["layers_decoder"].limit == QUANTIZED["int4"].layers
+        assert each["teacher_forced_top1"].limit == 0.97
+    assert (bounds["ort"]["largest_activation"].limit == 65504 / 2) == (base == "fp16")
+
+
+def test_agreement_with_the_reference_is_asked_of_every_precision() -> None:
+    """Shares of greedy steps, as the product promises them."""
+    asked = {scheme: tolerance.top1 for scheme, tolerance in QUANTIZED.items()} | {"fp16": FP16.top1}
+    assert asked == {"fp16": 0.999, "int8-weight": 0.995, "int8": 0.99, "fp8": 0.99, "int4": 0.97}
 
 
 def test_task_accuracy_is_held_to_the_reference() -> None:

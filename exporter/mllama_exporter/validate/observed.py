@@ -96,8 +96,9 @@ class ObservedGraph:
         self, inputs: Mapping[str, Array], reference: Mapping[str, Array], outputs: Sequence[str]
     ) -> dict[str, Array]:
         given = dict(inputs)
-        for state in self._states.values():
-            given[f"reference_{state}"] = reference.get(state, np.zeros((1, 1, 1), np.float32))
+        for name in self._dtypes:
+            if name.startswith("reference_"):
+                given[name] = reference.get(name.removeprefix("reference_"), np.zeros((1, 1, 1), np.float32))
         given[FORCED] = np.array(bool(reference))
         typed = {name: array.astype(self._dtypes[name] or array.dtype, copy=False) for name, array in given.items()}
         return dict(zip(outputs, self._session.run(outputs, typed), strict=True))

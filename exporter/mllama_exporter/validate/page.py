@@ -30,6 +30,7 @@ _TITLES = {
     "cross_attention_mask": "Cross-attention mask",
     "layers_vision": "Error added by a layer of the vision tower",
     "layers_cross": "Error added to cross-attention keys and values",
+    "layers_rotary": "Error of the rotary angles",
     "layers_decoder": "Error added by a layer of the decoder",
     "cross": "Cross-attention keys and values",
     "past": "Key and value caches",
@@ -158,7 +159,16 @@ def _activation_plots(activations: Plain) -> dict[str, Plot]:
 
 def _ordered(layers: Sequence[str]) -> list[str]:
     """In the order of the data: a decoder layer's keys for pictures are seen before the decoder's first layer."""
-    order = ("vision input", "vision", "global vision input", "global vision", "projector", "decoder input", "decoder")
+    order = (
+        "vision input",
+        "vision",
+        "global vision input",
+        "global vision",
+        "projector",
+        "decoder input",
+        "self-attention layers",
+        "decoder",
+    )
 
     def place(layer: str) -> tuple[int, int]:
         number, kind = _number_of(layer), re.sub(r" layer \d+$", "", layer)
@@ -175,7 +185,13 @@ def _plots(
         return {}
     numbers: dict[str, list[int | None]] = {title: [] for title in _SECTIONS.values()}
     for layer in layers:
-        start = "vision" if layer.startswith("vision") else "decoder" if layer.startswith(("dec", "lang")) else "global"
+        start = (
+            "vision"
+            if layer.startswith("vision")
+            else "decoder"
+            if layer.startswith(("dec", "self", "lang"))
+            else "global"
+        )
         numbers[_SECTIONS[start]].append(_number_of(layer))
     sections = [Section(title, each) for title, each in numbers.items() if each]
     return {
@@ -235,7 +251,7 @@ def _number(value: float | None) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
+    return f"{100 * value:.2f}%"
 
 
 def _threshold(check: Plain) -> str:

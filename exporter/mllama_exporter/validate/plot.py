@@ -121,14 +121,13 @@ def _pieces(
     points: Sequence[tuple[float, float]], values: Sequence[float | None], starts: Sequence[int]
 ) -> Iterator[str]:
     """A line interrupted between sections, and where a value is zero, which a logarithmic axis does not have."""
-    piece: list[tuple[float, float]] = []
+    pieces: list[list[tuple[float, float]]] = [[]]
     for index, (point, value) in enumerate(zip(points, values, strict=True)):
         if value == 0 or index in starts:
-            yield _points(piece)
-            piece = []
+            pieces.append([])
         if value != 0:
-            piece.append(point)
-    yield _points(piece)
+            pieces[-1].append(point)
+    return (_points(piece) for piece in pieces if piece)
 
 
 def _points(points: Sequence[tuple[float, float]]) -> str:

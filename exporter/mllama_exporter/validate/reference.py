@@ -145,7 +145,8 @@ class ReferenceModel:
         states: dict[str, Array] = {}
         hooks, known = [], dict(self._model.named_modules())
 
-        def keep(state: str, tensor: torch.Tensor) -> None:
+        def keep(state: str, given: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            tensor = torch.cat(given, dim=-1) if isinstance(given, tuple) else given
             states.setdefault(state, tensor.float().numpy().reshape(-1, *tensor.shape[-_STATE_RANKS.get(state, 2) :]))
 
         for state, (name, side) in modules.items():

@@ -18,7 +18,7 @@ from mllama_runtime.config import ModelConfig
 from mllama_runtime.errors import BundleError
 
 GraphName = Literal["vision", "decoder"]
-Group = Literal["vision", "cross", "decoder"]
+Group = Literal["vision", "cross", "rotary", "decoder"]
 GROUPS: tuple[Group, ...] = get_args(Group)
 Side = Literal["input", "output"]
 FORCED = "forced"  # the observed graph's input that puts the reference's states in the place of its own
@@ -71,6 +71,7 @@ def _tower(model: ModelConfig) -> Iterator[Spot]:
 def _decoder(model: ModelConfig) -> Iterator[Spot]:
     state = "decoder.input"
     yield Spot(state, "decoder", "decoder input", "embedding")
+    yield Spot("rotary", "rotary", "self-attention layers", "rotary angles")
     for layer in range(model.text.num_layers):
         title, is_cross = f"decoder layer {layer}", layer in model.text.cross_attention_layers
         attention = "cross-attention" if is_cross else "self-attention"
@@ -93,7 +94,10 @@ def layer_of_weight(weight: str, graph_name: GraphName) -> str:
 
 def reference_modules(model: ModelConfig) -> Mapping[str, tuple[str, Side]]:
     """State -> the module of transformers' model that takes it in, or gives it out."""
-    modules: dict[str, tuple[str, Side]] = {"projector": ("model.multi_modal_projector", "output")}
+    modules: dict[str, tuple[str, Side]] = {
+        "projector": ("model.multi_modal_projector", "output"),
+        "rotary": ("model.language_model.rotary_emb", "output"),
+    }
     for tower, prefix, num_layers in _towers(model):
         modules[f"{tower}.input"] = (f"model.{prefix}.0.input_layernorm", "input")
         for layer in range(num_layers):
@@ -132,7 +136,25 @@ def add_states(model: ir.Model, config: ModelConfig, graph_name: GraphName) -> d
         shown.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
         graph.outputs.append(shown.outputs[0])
         outputs[f"state_{name}"] = name
+    if graph_name == "decoder":
+        outputs[_add_rotary(graph)] = "rotary"
     return outputs
+
+
+def _add_rotary(graph: ir.Graph) -> str:
+    """An output of the angles' cosines and sines, laid out as transformers does: each twice, for both halves of a head.
+
+    They come before any cast, so that they are as exact in every precision; where slow frequencies are wrong, keys
+    tell only at positions far beyond a sample's.
+    """
+    sides = [next((node for node in graph if node.op_type == kind), None) for kind in ("Cos", "Sin")]
+    twice = [(side or _refuse("inv_freq", "cosine and sine")).outputs[0] for side in sides for _ in range(2)]
+    joined = ir.node("Concat", twice, {"axis": -1}, name="state_rotary")
+    joined.outputs[0].name = "state_rotary"
+    joined.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    graph.append(joined)
+    graph.outputs.append(joined.outputs[0])
+    return "state_rotary"
 
 
 def _towers(model: ModelConfig) -> tuple[tuple[str, str, int], ...]:

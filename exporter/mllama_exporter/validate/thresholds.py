@@ -161,6 +161,7 @@ def _bounds(base: Tolerance, precision: Precision, quantization: Quantization | 
         "cross_attention_mask": Bound(0),
         "layers_vision": Bound(tower.layers, of="first"),
         "layers_cross": Bound(tower.layers, of="first"),
+        "layers_rotary": Bound(EXACT.layers, of="first"),  # in float32 whatever the precision
         "layers_decoder": Bound(decoder.layers, of="first"),
         "cross": Bound(tower.tensors),
         "past": Bound(decoder.tensors),
