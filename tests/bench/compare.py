@@ -1,38 +1,55 @@
 """The mid-size model side by side with transformers, in one run: `make bench`.
 
-Both decode the same number of tokens from the same number of cached ones, in FP32 on the same number of threads, in
-turns, so that a busy machine slows both. What counts are the ratios; absolute times are of the moment. "decode" and
-"prefill" drive the models' forward alone; "answer" compares `Engine.generate` with `model.generate`, a token of the
-answer at a time. A decode step of a batch of one reads every weight once, so its share of the memory bandwidth,
-measured in the same run, says how much is left to gain.
+All decode the same number of tokens from the same number of cached ones on the same number of threads, transformers in
+FP32 and ours in FP32 and with quantised weights, in turns, so that a busy machine slows all of them. What counts are
+the ratios; absolute times are of the moment. "decode" and "prefill" drive the models' forward alone; "answer" compares
+`Engine.generate` with `model.generate`, a token of the answer at a time. A decode step of a batch of one reads every
+weight once, so its share of the memory bandwidth, measured in the same run, says how much is left to gain.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
 import transformers
-from mllama_exporter.checkpoint import expected_tensors
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
+from mllama_exporter.quantize import QuantizeOptions, quantized_bundle_from_bundle
 from mllama_runtime import Engine, Request, SamplingParams
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bench import DecodeCase, decode_step, sample_tiles
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.config import ModelConfig
+from mllama_runtime.errors import BundleError
+from mllama_runtime.manifest import QuantizedPrecision
+from mllama_runtime.tensorfile import read_header
 from random_checkpoint import MIDSIZE, write_random_checkpoint
 from transformers import DynamicCache, MllamaForConditionalGeneration
 
 Step = Callable[[], object]
+THEIRS = "transformers"
+PAUSE_SECONDS = (
+    0.2  # threads of one runtime wait in a loop for more work before they sleep, on cores the next one needs
+)
+WEIGHT_ONLY: tuple[QuantizedPrecision, ...] = ("int8-weight", "int4")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What was measured, of transformers and each precision; has_image is None where no share of bandwidth is due."""
+
+    what: str
+    has_image: bool | None
+    found: dict[str, dict[str, float]]
 
 
 class Theirs:
@@ -93,50 +110,57 @@ class Theirs:
         return work
 
 
-def in_turns(ours: Step, theirs: Step, rounds: int, steps: int) -> dict[str, float]:
-    """Median milliseconds of each over all steps, and the median over rounds of their ratio."""
-    ours(), theirs()
-    times: dict[str, list[float]] = {"ours": [], "theirs": []}
-    ratios = []
+def in_turns(steps: Mapping[str, Step], rounds: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Of each, median milliseconds over all repeats, and the median over rounds of the ratio of THEIRS to it."""
+    for step in steps.values():
+        step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    ratios: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         medians = {}
-        for name, step in (("ours", ours), ("theirs", theirs)):
+        for name, step in steps.items():
+            time.sleep(PAUSE_SECONDS)
+            step()
             samples = []
-            for _ in range(steps):
+            for _ in range(repeats):
                 start = time.perf_counter()
                 step()
                 samples.append(time.perf_counter() - start)
             times[name] += samples
             medians[name] = median(samples)
-        ratios.append(medians["theirs"] / medians["ours"])
-    return {
-        "ours_ms": median(times["ours"]) * 1e3,
-        "theirs_ms": median(times["theirs"]) * 1e3,
-        "ratio": median(ratios),
-    }
+        for name in steps:
+            ratios[name].append(medians[THEIRS] / medians[name])
+    return {name: {"ms": median(times[name]) * 1e3, "ratio": median(ratios[name])} for name in steps}
 
 
-def answers(engine: Engine, theirs: Theirs, rounds: int, num_prompt: int = 128, num_new: int = 32) -> dict[str, float]:
-    """Milliseconds a token of the answer: what num_new more tokens cost beyond the first."""
-    text = " a" * num_prompt
-    prompt = list(engine.prompt(Request(text, raw=True)).token_ids)
-
-    def ours(count: int) -> None:
+def answer_of(engine: Engine, text: str) -> Callable[[int], None]:
+    def answer(count: int) -> None:
         engine.generate(text, raw=True, sampling=SamplingParams(max_new_tokens=count, min_new_tokens=count))
+
+    return answer
+
+
+def answers_in_turns(
+    ways: Mapping[str, Callable[[int], None]], rounds: int, num_new: int = 32
+) -> dict[str, dict[str, float]]:
+    """Milliseconds a token of the answer: what num_new more tokens cost beyond the first."""
 
     def seconds(work: Callable[[int], None]) -> float:
         spans = []
+        time.sleep(PAUSE_SECONDS)
         for count in (1, 1 + num_new):
             start = time.perf_counter()
             work(count)
             spans.append(time.perf_counter() - start)
         return (spans[1] - spans[0]) / num_new
 
-    pairs = [(seconds(ours), seconds(lambda count: theirs.answer(prompt, count))) for _ in range(rounds)]
+    found = [{name: seconds(way) for name, way in ways.items()} for _ in range(rounds)]
     return {
-        "ours_ms": median(pair[0] for pair in pairs) * 1e3,
-        "theirs_ms": median(pair[1] for pair in pairs) * 1e3,
-        "ratio": median(pair[1] / pair[0] for pair in pairs),
+        name: {
+            "ms": median(each[name] for each in found) * 1e3,
+            "ratio": median(each[THEIRS] / each[name] for each in found),
+        }
+        for name in ways
     }
 
 
@@ -152,17 +176,17 @@ def bandwidth(threads: int) -> float:
     return array.nbytes / min(times)
 
 
-def decode_bytes(config: ModelConfig, *, has_image: bool) -> int:
-    """Bytes of weights one FP32 decode step reads: not the embedding table; cross layers only for pictures."""
+def decode_bytes(bundle: Bundle, *, has_image: bool) -> int:
+    """Bytes of weights one decode step reads: not the embedding table; cross layers only for pictures."""
     unread = ["embed_tokens", "cross_attn.k_", "cross_attn.v_"]
     if not has_image:
-        unread += [f"layers.{layer}." for layer in config.text.cross_attention_layers]
-    read = {
-        name: shape
-        for name, shape in expected_tensors(config).items()
+        unread += [f"layers.{layer}." for layer in bundle.manifest.model.text.cross_attention_layers]
+    tensors = read_header(bundle.path("weights.safetensors"), error=BundleError).tensors
+    return sum(
+        info.size_bytes
+        for name, info in tensors.items()
         if name.startswith("language_model.") and not any(part in name for part in unread)
-    }
-    return 4 * sum(map(math.prod, read.values()))
+    )
 
 
 def prefill_step(backend: OrtBackend, num_tokens: int) -> Step:
@@ -171,11 +195,12 @@ def prefill_step(backend: OrtBackend, num_tokens: int) -> Step:
     return lambda: slots.prefill(0, token_ids, 0, nothing, (), with_padding_tiles=False)
 
 
-def measure(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> list[dict[str, object]]:
+def measure(checkpoint: Path, bundles: Mapping[str, Path], threads: int, rounds: int) -> list[Row]:
     torch.set_num_threads(threads)
     theirs, rows = Theirs(checkpoint), []
     num_patches = MIDSIZE.vision.num_patches
-    with OrtBackend(Bundle.open(bundle), threads) as backend:
+    with ExitStack() as stack:
+        backends = {name: stack.enter_context(OrtBackend(Bundle.open(path), threads)) for name, path in bundles.items()}
         for num_cached, cache_len, num_tiles in (
             (256, 512, 0),
             (256, 8192, 0),
@@ -183,17 +208,40 @@ def measure(checkpoint: Path, bundle: Path, threads: int, rounds: int) -> list[d
             (256, 8192, 4),
             (8000, 8192, 0),
         ):
-            features = [backend.encode(sample_tiles(MIDSIZE, num_tiles))] if num_tiles else []
-            ours = decode_step(backend, DecodeCase(1, num_cached, cache_len, features))
-            found = in_turns(ours, theirs.decode_step(num_cached, num_tiles, num_patches), rounds, 8)
+            steps: dict[str, Step] = {THEIRS: theirs.decode_step(num_cached, num_tiles, num_patches)}
+            for name, backend in backends.items():
+                features = [backend.encode(sample_tiles(MIDSIZE, num_tiles))] if num_tiles else []
+                steps[name] = decode_step(backend, DecodeCase(1, num_cached, cache_len, features))
             picture = f"{num_tiles} tiles" if num_tiles else "text"
-            rows.append({"what": f"decode, {num_cached} cached of {cache_len}, {picture}", **found})
+            what = f"decode, {num_cached} cached of {cache_len}, {picture}"
+            rows.append(Row(what, num_tiles > 0, in_turns(steps, rounds, 16)))
         for num_tokens in (64, 256):
-            found = in_turns(prefill_step(backend, num_tokens), theirs.prefill(num_tokens), rounds, 2)
-            rows.append({"what": f"prefill, {num_tokens} tokens", **found})
-    with Engine.load(bundle, num_threads=threads, verify="quick") as engine:
-        rows.append({"what": "answer, 32 tokens after 128, text", **answers(engine, theirs, rounds)})
+            steps = {THEIRS: theirs.prefill(num_tokens)}
+            steps |= {name: prefill_step(backend, num_tokens) for name, backend in backends.items()}
+            rows.append(Row(f"prefill, {num_tokens} tokens", None, in_turns(steps, rounds, 2)))
+    with ExitStack() as stack:
+        text = " a" * 128
+        ways: dict[str, Callable[[int], None]] = {}
+        for name, path in bundles.items():
+            engine = stack.enter_context(Engine.load(path, num_threads=threads, verify="quick"))
+            ways[name] = answer_of(engine, text)
+        prompt = list(engine.prompt(Request(text, raw=True)).token_ids)
+        ways = {THEIRS: lambda count: theirs.answer(prompt, count), **ways}
+        rows.append(Row("answer, 32 tokens after 128, text", False, answers_in_turns(ways, rounds)))
     return rows
+
+
+def made_bundles(work: Path) -> tuple[Path, dict[str, Path]]:
+    """The random checkpoint, and its bundle in every precision; what is there already is used again."""
+    checkpoint, bundles = work / "checkpoint", {name: work / name for name in ("fp32", *WEIGHT_ONLY)}
+    if not checkpoint.exists():
+        write_random_checkpoint(checkpoint, MIDSIZE)
+    if not bundles["fp32"].exists():
+        bundle_from_checkpoint(checkpoint, bundles["fp32"], ExportOptions())
+    for name in WEIGHT_ONLY:
+        if not bundles[name].exists():
+            quantized_bundle_from_bundle(Bundle.open(bundles["fp32"]), bundles[name], QuantizeOptions(name), None)
+    return checkpoint, bundles
 
 
 def main() -> None:
@@ -204,36 +252,43 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        work = arguments.work or Path(temporary)
-        checkpoint, bundle = work / "checkpoint", work / "bundle"
-        if not checkpoint.exists():
-            write_random_checkpoint(checkpoint, MIDSIZE)
-        if not bundle.exists():
-            bundle_from_checkpoint(checkpoint, bundle, ExportOptions())
+        checkpoint, bundles = made_bundles(arguments.work or Path(temporary))
         before = bandwidth(arguments.threads)
-        rows = measure(checkpoint, bundle, arguments.threads, arguments.rounds)
-    rate = max(before, bandwidth(arguments.threads))
+        rows = measure(checkpoint, bundles, arguments.threads, arguments.rounds)
+        rate = max(before, bandwidth(arguments.threads))
+        sizes = {
+            (name, has_image): decode_bytes(Bundle.open(path), has_image=has_image)
+            for name, path in bundles.items()
+            for has_image in (False, True)
+        }
     for row in rows:
-        if row["what"].startswith(("decode", "answer")):
-            size = decode_bytes(MIDSIZE, has_image="tiles" in row["what"])
-            row["bandwidth_share"] = size / (row["ours_ms"] / 1e3) / rate
+        for name, found in row.found.items():
+            if row.has_image is not None and name != THEIRS:
+                found["bandwidth_share"] = sizes[name, row.has_image] / (found["ms"] / 1e3) / rate
     if arguments.json:
-        print(json.dumps({"threads": arguments.threads, "bytes_per_second": rate, "measured": rows}))
+        measured = [{"what": row.what, "found": row.found} for row in rows]
+        print(json.dumps({"threads": arguments.threads, "bytes_per_second": rate, "measured": measured}))
         return
     print(
-        f"FP32, {arguments.threads} threads, {platform.machine()}, transformers {transformers.__version__}, "
+        f"{arguments.threads} threads, {platform.machine()}, transformers {transformers.__version__} in FP32, "
         f"torch {torch.__version__}\n"
     )
-    sizes = [decode_bytes(MIDSIZE, has_image=has_image) / 1e9 for has_image in (False, True)]
+    print(f"memory read at {rate / 1e9:.1f} GB/s; a decode step of text reads ", end="")
+    print(", ".join(f"{sizes[name, False] / 1e9:.2f} GB in {name}" for name in bundles) + "\n")
     print(
-        f"memory read at {rate / 1e9:.1f} GB/s; a decode step reads {sizes[0]:.2f} GB of weights, "
-        f"{sizes[1]:.2f} GB with pictures\n"
+        "| what | transformers, ms | "
+        + " | ".join(f"{name}, ms (ratio, share of the bandwidth)" for name in bundles)
+        + " |"
     )
-    print("| what | ours, ms | transformers, ms | transformers / ours | our share of the bandwidth |")
-    print("|---|---|---|---|---|")
+    print("|---" * (2 + len(bundles)) + "|")
     for row in rows:
-        share = f"{row['bandwidth_share']:.0%}" if "bandwidth_share" in row else ""
-        print(f"| {row['what']} | {row['ours_ms']:.1f} | {row['theirs_ms']:.1f} | {row['ratio']:.2f} | {share} |")
+        cells = [f"{row.found[THEIRS]['ms']:.1f}", *(shown(row.found[name]) for name in bundles)]
+        print(f"| {row.what} | " + " | ".join(cells) + " |")
+
+
+def shown(found: Mapping[str, float]) -> str:
+    share = f", {found['bandwidth_share']:.0%}" if "bandwidth_share" in found else ""
+    return f"{found['ms']:.1f} ({found['ratio']:.2f}{share})"
 
 
 if __name__ == "__main__":

@@ -65,9 +65,7 @@ class Steps:
         bar: Any = click.progressbar(
             length=total,
             label=self._titles[step].ljust(max(map(len, self._titles.values()))),
-            item_show_func=lambda _: (
-                f"{shown_bytes(bar.pos)} of {shown_bytes(total)}" if in_bytes else f"{bar.pos} of {total}"
-            ),
+            item_show_func=lambda _: f"{shown(bar.pos)} of {shown(total)}",
             show_percent=in_bytes,
             width=0,  # as wide as the terminal
             file=sys.stderr,

@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], step: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, S, E], rope 2 x [B, S, D/2], cache 2 x [B, G, C, D]; step: write_indices [B], bool mask [B, 1, S, C]."""
+        """x [B, S, E], rope 2 x [B, S, D/2], cache 2 x [B, G, C, D]; step: write_indices [B], mask [B, 1, S, C]."""
         write_indices, mask = step
         batch, seq, _ = x.shape
         query = rotary_embedding(self.q_proj(x), *rope, num_heads=self.num_heads)  # [B, S, H*D]
