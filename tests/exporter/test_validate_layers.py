@@ -6,7 +6,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +16,16 @@ from click.testing import CliRunner
 from exporter._faults import LAYER, relist, shift_mask, slow_rotary, swap_weights, times
 from mllama_exporter.quantize.calibration import calibration_samples
 from mllama_exporter.quantize.pipeline import QuantizeOptions, quantized_bundle_from_bundle
-from mllama_exporter.validate import PAGE_NAME, Report, report_from_bundle
-from mllama_exporter.validate.layers import added_error, drift
+from mllama_exporter.validate import PAGE_NAME
+from mllama_exporter.validate.checks import checks_from_observations
+from mllama_exporter.validate.compare import Candidate
+from mllama_exporter.validate.layers import LayerTable, added_error, drift, layer_observations, table_from_errors
+from mllama_exporter.validate.observed import ObservedBundle
+from mllama_exporter.validate.reference import ReferenceModel, ReferenceProcessor, ReferenceRun
 from mllama_exporter.validate.samples import builtin_samples
-from mllama_exporter.validate.spots import add_states, layer_of_weight, spots_of
+from mllama_exporter.validate.spots import GROUPS, add_states, layer_of_weight, reference_modules, spots_of
+from mllama_exporter.validate.thresholds import GraphKind, bounds_of
+from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import main
 from mllama_runtime.errors import BundleError
@@ -27,16 +33,29 @@ from mllama_runtime.errors import BundleError
 CROSS, SELF = (1, 3), (0, 2, 4, 5)  # the miniature's layers by kind
 
 
-def validated(bundle: Path, reference: Path) -> Report:
-    """On the samples whose layers are measured, and few tokens."""
+@pytest.fixture(scope="module")
+def runs(bundle_of, miniature: Path) -> list[ReferenceRun]:
+    """What the reference makes of the samples whose layers are measured."""
+    config = Bundle.open(bundle_of()).manifest.model
+    processor, model = ReferenceProcessor(miniature), ReferenceModel(miniature, mask_semantics="hf")
+    samples = [each for each in builtin_samples(config.vision) if each.depth == "layers"]
+    return [model.run(processor.inputs(each), 1, reference_modules(config)) for each in samples]
+
+
+def tables(bundle: Path, runs: Sequence[ReferenceRun]) -> dict[GraphKind, LayerTable]:
+    """The table of each kind of graphs."""
     opened = Bundle.open(bundle)
-    samples = [each for each in builtin_samples(opened.manifest.model.vision) if each.depth == "layers"]
-    return report_from_bundle(opened, reference, samples=samples, max_steps=4)
+    bounds = bounds_of(opened.manifest.precision, opened.manifest.quantization, {"BF16"}, 0)
+    candidate = Candidate(opened, OrtBackend(opened))
+    observed = {kind: ObservedBundle(opened, candidate, kind) for kind in bounds}
+    return {
+        kind: table_from_errors(kind, [each.layer_errors(run) for run in runs], bounds[kind])
+        for kind, each in observed.items()
+    }
 
 
-def failing(report: Report, kind: str) -> list[str]:
+def failing(table: LayerTable) -> list[str]:
     """The places past their thresholds."""
-    table = next(table for table in report.layers if table.kind == kind)
     return [error.where for error in table.errors if error.added > table.limits[error.spot.group]]
 
 
@@ -134,39 +153,32 @@ FAULTS: dict[str, tuple[str, Callable[[Path], object], str, str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_planted_fault_is_named_and_nothing_else(
-    fault: str, bundle_of, quantized, miniature: Path, tmp_path: Path
-) -> None:
+def test_a_planted_fault_is_named_and_nothing_else(fault: str, bundle_of, quantized, runs, tmp_path: Path) -> None:
     precision, damage, first, others = FAULTS[fault]
     whole = bundle_of(precision) if precision in ("fp32", "fp16", "bf16") else quantized(precision)
     bundle = shutil.copytree(whole, tmp_path / "bundle")
     damage(bundle)
     relist(bundle)
-    report = validated(bundle, miniature)
-    assert report.verdict == "fail"
-    for kind in ("ort", "standard"):
-        found = failing(report, kind)
-        assert found[0] == first
+    for table in tables(bundle, runs).values():
+        found = failing(table)
+        assert found[0] == table.first_divergence.where == first
         assert all(re.fullmatch(others, where) for where in found), found
-    assert report.failed[0].name.startswith("layers_")
-    assert report.failed[0].detail.startswith(f"{first}, ")
-    assert f"({first}, " in report.to_text().splitlines()[-1]
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int8-weight", "int8", "fp8", "int4"])
-def test_a_right_bundle_has_no_divergence(precision: str, bundle_of, quantized, miniature: Path) -> None:
-    report = validated(bundle_of(precision) if precision == "fp16" else quantized(precision), miniature)
-    assert failing(report, "ort") == failing(report, "standard") == []
-    assert all(check.passed for check in report.checks if "layers_" in check.name)
-    assert [table.first_divergence for table in report.layers] == [None, None]
+@pytest.mark.parametrize("precision", ["int8-weight", "int8", "fp8", "int4"])
+def test_a_right_bundle_has_no_divergence(precision: str, quantized, runs) -> None:
+    found = tables(quantized(precision), runs)
+    assert set(found) == {"ort", "standard"}
+    assert [failing(table) for table in found.values()] == [[], []]
+    assert [table.first_divergence for table in found.values()] == [None, None]
 
 
-def test_what_a_layer_inherits_is_not_what_it_adds(bundle_of, miniature: Path, tmp_path: Path) -> None:
+def test_what_a_layer_inherits_is_not_what_it_adds(bundle_of, runs, tmp_path: Path) -> None:
     """Behind a damaged layer every state drifts, and no other branch adds an error."""
     bundle = shutil.copytree(bundle_of(), tmp_path / "bundle")
     times(bundle, f"{LAYER}0.mlp.up_proj.weight", 4)
     relist(bundle)
-    errors = {error.where: error for error in validated(bundle, miniature).layers[0].errors}
+    errors = {error.where: error for error in tables(bundle, runs)["ort"].errors}
     assert errors["decoder layer 0, MLP"].added == pytest.approx(3, rel=0.05)  # four times up, so three too much
     last = errors["decoder layer 5, MLP"]
     assert last.added < 1e-5 < 1e-2 < last.drift.relative
@@ -175,6 +187,19 @@ def test_what_a_layer_inherits_is_not_what_it_adds(bundle_of, miniature: Path, t
     before = errors["decoder layer 0, self-attention"]
     assert before.drift.relative < 1e-5
     assert before.drift.cosine > 0.99999
+
+
+def test_a_check_that_fails_tells_the_first_place_and_its_error(bundle_of, runs, tmp_path: Path) -> None:
+    bundle = shutil.copytree(bundle_of(), tmp_path / "bundle")
+    for layer, factor in ((2, 2), (4, 4)):
+        times(bundle, f"{LAYER}{layer}.mlp.down_proj.weight", factor)
+    relist(bundle)
+    table = tables(bundle, runs)["ort"]
+    checks = checks_from_observations(layer_observations(table), bounds_of("fp32", None, {"BF16"}, 0)["ort"])
+    assert [check.name for check in checks] == [f"layers_{group}" for group in GROUPS]
+    assert [check.passed for check in checks] == [True, True, True, False]
+    assert checks[-1].value == pytest.approx(1, rel=0.01)  # of layer 2, though layer 4's is 3
+    assert checks[-1].detail.startswith("decoder layer 2, MLP, ")
 
 
 def test_the_command_names_the_layer_in_text_json_and_page(quantized, miniature: Path, tmp_path: Path) -> None:

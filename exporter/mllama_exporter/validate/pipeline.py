@@ -107,7 +107,8 @@ def report_from_bundle(
     observed = ObservedBundle(bundle, twins, "ort")
     activations = [found for each in _ticking(inputs, "activations", progress) for found in observed.activations(each)]
     seen += activation_observations(activations)
-    layers = [_layers(observed, runs, "ort", bounds["ort"], progress)]
+    deep = [run for run in runs if run.states]
+    layers = [_layers(observed, deep, "ort", bounds["ort"], progress)]
     del observed
     seen += layer_observations(layers[0])
     checks = checks_from_observations(seen, bounds["ort"])
@@ -116,9 +117,10 @@ def report_from_bundle(
         with (standard := Candidate(bundle, OrtBackend(bundle, standard=True))).engine:
             seen, generated = _observations(standard, runs, max_steps, "standard graphs", progress)
         agreement += agreements("standard", seen, generated)
-        observed = ObservedBundle(bundle, standard, "standard")
-        layers.append(_layers(observed, runs, "standard", bounds["standard"], progress))
-        seen += layer_observations(layers[1])
+        if deep:
+            observed = ObservedBundle(bundle, standard, "standard")
+            layers.append(_layers(observed, deep, "standard", bounds["standard"], progress))
+            seen += layer_observations(layers[1])
         checks += checks_from_observations(seen, bounds["standard"], prefix="standard_")
     else:
         not_run.append(NotRun("standard graphs", f"ONNX Runtime's CPU provider has no {base} kernels"))
@@ -207,8 +209,8 @@ def _observations(
 def _layers(
     observed: ObservedBundle, runs: Sequence[ReferenceRun], kind: GraphKind, bounds: Bounds, progress: Progress
 ) -> LayerTable:
-    deep = _ticking([run for run in runs if run.states], f"{kind} graphs, layers", progress)
-    return table_from_errors(kind, [observed.layer_errors(run) for run in deep], bounds)
+    samples = [observed.layer_errors(run) for run in _ticking(runs, f"{kind} graphs, layers", progress)]
+    return table_from_errors(kind, samples, bounds)
 
 
 def _reference_model(bundle: Bundle, reference: Path) -> ReferenceModel:

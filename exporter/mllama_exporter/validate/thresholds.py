@@ -78,32 +78,34 @@ class Tolerance:
 # KL 4.0e-11, mean 6.8e-13.
 EXACT = Tolerance(layers=2e-5, tensors=2e-5, logits=2e-5, kl=1e-7, kl_mean=1e-8, top1=1, identical=1)
 
-# Float32 arithmetic on weights rounded to FP16, from a float32 checkpoint: tensors 8.1e-4, logits 6.6e-4, KL 1.9e-5,
-# mean 1.8e-7.
+# Float32 arithmetic on weights rounded to FP16, from a float32 checkpoint: layers 1.7e-3, tensors 8.1e-4, logits
+# 6.6e-4, KL 5.7e-5, mean 1.8e-7.
 FP16_WEIGHTS = Tolerance(layers=1e-2, tensors=4e-3, logits=4e-3, kl=1e-3, kl_mean=1e-5, top1=0.99, identical=0.9)
 
-# Float32 arithmetic on weights rounded to BF16, from a float32 checkpoint: tensors 7.0e-3, logits 1.0e-2, KL 2.0e-3,
-# mean 1.4e-5.
+# Float32 arithmetic on weights rounded to BF16, from a float32 checkpoint: layers 7.5e-3, tensors 7.0e-3, logits
+# 1.0e-2, KL 5.0e-3, mean 1.4e-5, top1 0.9992, identical 0.98.
 BF16_WEIGHTS = Tolerance(layers=6e-2, tensors=3e-2, logits=4e-2, kl=2e-2, kl_mean=2e-4, top1=0.97, identical=0.75)
 
-# FP16 arithmetic: layers 1.4e-3, tensors 3.3e-3 (2.0e-3), logits 1.9e-3 (1.1e-3), KL 2.8e-5, mean 5.4e-7.
+# FP16 arithmetic: layers 1.4e-3, tensors 3.3e-3 (2.0e-3), logits 1.9e-3 (1.1e-3), KL 8.6e-5, mean 5.4e-7; from a
+# float32 checkpoint top1 0.9992, identical 0.98.
 FP16 = Tolerance(layers=1e-2, tensors=1e-2, logits=1e-2, kl=1e-2, kl_mean=1e-4, top1=0.999, identical=0.75)
 
-# Quantised decoders, the vision tower kept in FP16; the larger of float32 and FP16 arithmetic around them. What a layer
-# adds does not grow with depth, so it is held tightly; what reaches caches and logits does, and is held loosely.
+# Quantised decoders on FP16; the worse of float32 and FP16 arithmetic around them. What a layer adds does not grow with
+# depth, so it is held tightly: to two or three times what was measured, for a scale that is wrong by 4x adds 1.1 at
+# least. What reaches caches and logits does grow, and is held loosely.
 
 # INT8 weights: layers 2.6e-2, tensors 2.2e-2, logits 3.0e-2, KL 6.5e-3, mean 3.2e-5, top1 0.9992, identical 0.98.
-INT8_WEIGHT = Tolerance(layers=0.1, tensors=0.2, logits=0.2, kl=0.1, kl_mean=5e-4, top1=0.995, identical=0.75)
+INT8_WEIGHT = Tolerance(layers=0.1, tensors=0.2, logits=0.2, kl=0.1, kl_mean=1e-3, top1=0.995, identical=0.75)
 
-# INT8 weights and activations: layers 0.28 (a row of the long prompt), tensors 0.31, logits 0.16, KL 0.15, mean 5.5e-4,
-# top1 0.997, identical 0.93.
+# INT8 weights and activations: layers 0.28 (0.088 in the vision tower), tensors 0.47 (a prompt without picture), logits
+# 0.17, KL 0.18, mean 8.3e-4, top1 0.994, identical 0.85.
 INT8 = Tolerance(layers=0.6, tensors=1, logits=0.6, kl=1, kl_mean=1e-2, top1=0.99, identical=0.6)
 
-# FP8: layers 9.6e-2, tensors 0.11, logits 8.4e-2, KL 3.7e-2, mean 3.5e-4, top1 0.999, identical 0.98.
+# FP8: layers 9.6e-2, tensors 0.11, logits 0.10, KL 9.1e-2, mean 3.7e-4, top1 0.998, identical 0.94.
 FP8 = Tolerance(layers=0.3, tensors=0.6, logits=0.4, kl=0.5, kl_mean=5e-3, top1=0.99, identical=0.6)
 
-# INT4 weights in blocks of 128: layers 0.22, tensors 0.24, logits 0.18, KL 0.22, mean 1.6e-3, top1 0.994, identical
-# 0.87.
+# INT4 weights in blocks of 128: layers 0.22, tensors 0.26, logits 0.20, KL 0.22, mean 1.8e-3, top1 0.992, identical
+# 0.83.
 INT4 = Tolerance(layers=0.5, tensors=1, logits=0.6, kl=1.5, kl_mean=2e-2, top1=0.97, identical=0.5)
 
 QUANTIZED: Mapping[QuantizedPrecision, Tolerance] = {
