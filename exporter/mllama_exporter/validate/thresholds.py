@@ -101,7 +101,8 @@ INT8_WEIGHT = Tolerance(layers=0.1, tensors=0.2, logits=0.2, kl=0.1, kl_mean=1e-
 # 0.17, KL 0.18, mean 8.3e-4, top1 0.994, identical 0.85.
 INT8 = Tolerance(layers=0.6, tensors=1, logits=0.6, kl=1, kl_mean=1e-2, top1=0.99, identical=0.6)
 
-# FP8: layers 9.6e-2, tensors 0.11, logits 0.10, KL 9.1e-2, mean 3.7e-4, top1 0.998, identical 0.94.
+# FP8: layers 9.6e-2 (0.16 in the vision tower), tensors 0.11, logits 0.10, KL 9.1e-2, mean 3.7e-4, top1 0.995,
+# identical 0.94.
 FP8 = Tolerance(layers=0.3, tensors=0.6, logits=0.4, kl=0.5, kl_mean=5e-3, top1=0.99, identical=0.6)
 
 # INT4 weights in blocks of 128: layers 0.22, tensors 0.26, logits 0.20, KL 0.22, mean 1.8e-3, top1 0.992, identical
