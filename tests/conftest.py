@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from filelock import FileLock
@@ -13,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the test processes share the cores; torch would take all of them
 
 from mllama_runtime import Engine
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.manifest import BasePrecision
 
 MINIATURE = Path(__file__).parents[1] / "recipes" / "miniature" / "checkpoint"
 
@@ -26,23 +31,58 @@ def miniature() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle_of(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> BundleOf:
-    """`bundle_of(precision, mask_semantics)`: the miniature's bundle, shared by the run; copy it to damage it."""
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of the run share."""
     root = tmp_path_factory.getbasetemp()
-    shared = root if worker_id == "master" else root.parent
+    return root if worker_id == "master" else root.parent
 
-    def export(precision: str = "fp32", mask_semantics: str = "hf") -> Path:
+
+@pytest.fixture(scope="session")
+def questions_of(shared: Path) -> Callable[[str, int], Path]:
+    """`questions_of(split, count)`: a JSONL file of the miniature's questions, beside its pictures."""
+
+    def write(split: str, count: int) -> Path:
+        folder = shared / "questions" / f"{split}-{count}"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.with_suffix(".lock")):
+            if not (folder / "questions.jsonl").exists():
+                script = MINIATURE.parent / "task.py"
+                subprocess.run([sys.executable, script, folder, "--split", split, "--count", str(count)], check=True)
+        return folder / "questions.jsonl"
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def bundle_of(shared: Path, questions_of: Callable[[str, int], Path]) -> BundleOf:
+    """`bundle_of(precision, mask_semantics)`: the miniature's bundle, shared by the run; copy it to damage it.
+
+    Quantised precisions are made from the FP16 bundle; with `vision` its vision graph is quantised too.
+    """
+
+    def make(precision: str, mask_semantics: str, vision: str | None, output: Path) -> None:
         from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 
-        output = shared / "bundles" / f"{precision}-{mask_semantics}"
+        if precision in get_args(BasePrecision):
+            options = ExportOptions(precision=precision, mask_semantics=mask_semantics)  # type: ignore[arg-type]
+            bundle_from_checkpoint(MINIATURE, output, options)
+            return
+        from mllama_exporter.quantize import QuantizeOptions, calibration_samples, quantized_bundle_from_bundle
+
+        source = Bundle.open(bundle_of("fp16", mask_semantics))
+        needs_data = precision != "int8-weight" or vision is not None
+        samples = calibration_samples(questions_of("calibration", 128)) if needs_data else None
+        quantized_bundle_from_bundle(source, output, QuantizeOptions(precision, vision), samples)  # type: ignore[arg-type]
+
+    def bundle_of(precision: str = "fp32", mask_semantics: str = "hf", vision: str | None = None) -> Path:
+        output = shared / "bundles" / "-".join(filter(None, (precision, mask_semantics, vision)))
         output.parent.mkdir(exist_ok=True)
         with FileLock(output.with_suffix(".lock")):
             if not output.exists():
-                options = ExportOptions(precision=precision, mask_semantics=mask_semantics)  # type: ignore[arg-type]
-                bundle_from_checkpoint(MINIATURE, output, options)
+                make(precision, mask_semantics, vision, output)
         return output
 
-    return export
+    return bundle_of
 
 
 @pytest.fixture(scope="session")

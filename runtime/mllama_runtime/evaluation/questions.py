@@ -104,7 +104,7 @@ def _question(data: bytes, number: int, folder: Path, where: str, with_answers: 
     answers: tuple[str, ...] = (line.answer,) if line.answer is not None else line.answers or ()
     if not line.question.strip():
         raise InputError("the question is empty", where=where)
-    if not any(answer.strip() for answer in answers):
+    if has_answers and not any(answer.strip() for answer in answers):
         raise InputError("the answer is empty", where=where)
     options = line.options or ()
     if line.options is not None and has_answers:
