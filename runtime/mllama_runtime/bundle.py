@@ -1,4 +1,4 @@
-"""A bundle folder: opened and checked by sessions, verified by people, stamped with a verdict by validation.
+"""A bundle folder: opened and checked by sessions, verified by people, stamped with a verdict, given engines.
 
 The manifest says what must be there. Every listed file must be a plain file: a symbolic link would lead out of what the
 manifest covers (and ONNX Runtime refuses external data behind one that leaves the folder), while a second hard link is
@@ -11,6 +11,7 @@ import hashlib
 import os
 import posixpath
 import re
+import shutil
 import stat
 from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError, ThreadPoolExecutor
@@ -19,16 +20,24 @@ from pathlib import Path
 from queue import SimpleQueue
 from threading import Event
 
-from mllama_runtime.disk import disk_faults, file_sha256, write_whole
+from mllama_runtime.disk import disk_faults, file_sha256, sync, write_whole
 from mllama_runtime.errors import BundleError, UsageError
-from mllama_runtime.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, FileEntry, Manifest, Validation, is_inner_path
+from mllama_runtime.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    EngineEntry,
+    FileEntry,
+    Manifest,
+    Validation,
+    is_inner_path,
+)
 from mllama_runtime.onnxfile import external_tensors
 from mllama_runtime.tensorfile import read_header
 
 QUICK_HASH_BYTES = 64 * 2**20  # a quick check hashes files up to this size: graphs and tokenizer, not real weights
 
-# What an interrupted `stamp` may leave behind. Nothing reads it: sessions pass over it, `verify` names it.
-_LEFTOVER = re.compile(r"reports/|(.*/)?\.[^/]+\.partial-[0-9a-f]{8}$")
+# What an interrupted `stamp` or `add_engine` may leave. Nothing reads it: sessions pass over it, `verify` names it.
+_LEFTOVER = re.compile(r"reports/|engines/|(.*/)?\.[^/]+\.partial-[0-9a-f]{8}$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +185,37 @@ class Bundle:
                 write_whole(self.root / name, data)
             write_whole(where, stamped.to_json())
         return Bundle(self.root, stamped)
+
+    def add_engine(self, folder: Path, entry: EngineEntry) -> Bundle:
+        """Move a finished engine into the bundle and list it; after a crash it is there whole, or not at all.
+
+        The rest of the manifest, the verdict too, stays as it is on the disk by then.
+
+        Args:
+            folder: holds the engine's files and nothing else, on the bundle's own file system.
+
+        Raises:
+            InputError: the bundle is read-only.
+            ResourceError: the disk is full.
+        """
+        home = self.root / "engines" / entry.key
+        with disk_faults(self.root):
+            hashes = {path.name: FileEntry(path.stat().st_size, file_sha256(path)) for path in folder.iterdir()}
+            for name in hashes:
+                sync(folder / name)
+            sync(folder)
+            if home.exists():  # of a build that was killed before it could list it
+                shutil.rmtree(home)
+            folder.rename(home)
+            sync(home.parent)
+            now = Bundle.read(self.root).manifest
+            files = dict(now.files) | {f"engines/{entry.key}/{name}": found for name, found in hashes.items()}
+            engines = (*(other for other in now.engines if other.key != entry.key), entry)
+            listed = replace(now, files=files, engines=engines)
+            where = self.root / MANIFEST_NAME
+            Manifest.from_json(listed.to_json(), where)  # what is written can be read
+            write_whole(where, listed.to_json())
+        return Bundle(self.root, listed)
 
     def _is_leftover(self, name: str) -> bool:
         return name not in self.manifest.files and _LEFTOVER.match(name) is not None

@@ -1,4 +1,4 @@
-"""`mllama inspect`: what a bundle holds, read from its manifest."""
+"""`mllama inspect`: what a bundle holds, read from its manifest and from the records of its engines."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import click
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
 from mllama_runtime.config import ModelConfig
+from mllama_runtime.engine_record import EngineRecord, GraphEngine, read_record
 from mllama_runtime.fields import printable, to_plain
 from mllama_runtime.manifest import GraphSpec, Manifest, TensorSpec
 
@@ -23,21 +24,23 @@ Rows = list[tuple[str, ...]]
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def command(bundle: Path, as_json: bool) -> None:
-    """Show a bundle's dimensions, graphs, files, precision, mask semantics and verdict.
+    """Show a bundle's dimensions, graphs, engines, files, precision, mask semantics and verdict.
 
     The files are checked quickly first; `mllama verify` does it in full.
     """
     opened = Bundle.open(bundle)
     total = sum(entry.size_bytes for entry in opened.manifest.files.values())
+    records = [read_record(opened, entry) for entry in opened.manifest.engines]
     if as_json:
-        manifest = to_plain(opened.manifest)
-        click.echo(json.dumps({"bundle": str(opened.root), "total_size_bytes": total, "manifest": manifest}))
+        plain = {"manifest": to_plain(opened.manifest), "engines": to_plain(records)}
+        click.echo(json.dumps({"bundle": str(opened.root), "total_size_bytes": total, **plain}))
         return
     manifest = opened.manifest
     sections = [
         ("", _summary(manifest)),
         ("model", _model(manifest.model)),
         *((f"graph {key}: {graph.file}", _graph(graph)) for key, graph in sorted(manifest.graphs.items())),
+        *((f"engine {record.key[:12]}", _engine(record)) for record in records),
         ("files", [*_files(manifest), ("total", f"{total:,} bytes", "")]),
     ]
     click.echo(printable(opened.manifest.name) + "\n" + "\n".join(_section(title, rows) for title, rows in sections))
@@ -56,7 +59,7 @@ def _summary(manifest: Manifest) -> Rows:
         ),
         ("options", _pairs(manifest.options.items())),
         ("tools", _pairs(manifest.tools.items())),
-        ("engines", ", ".join(f"{engine.key} ({engine.backend})" for engine in manifest.engines) or "none"),
+        ("engines", ", ".join(f"{engine.key[:12]} ({engine.backend})" for engine in manifest.engines) or "none"),
     ]
     if verdict is None:
         rows.append(("validation", "none; run `mllama validate`"))
@@ -97,6 +100,36 @@ def _tensors(side: str, specs: Iterable[TensorSpec]) -> Rows:
     return [
         (side, name, dtype, shape, f"x {count}" if count > 1 else "") for (name, dtype, shape), count in shapes.items()
     ]
+
+
+def _engine(record: EngineRecord) -> Rows:
+    inputs, limits = record.inputs, record.inputs.limits
+    extras = [("stripped of weights", inputs.strip_weights), ("streams weights", inputs.weight_streaming)]
+    built_for = ", ".join(inputs.compute_capabilities) or "every GPU the back end supports"
+    rows: Rows = [
+        ("built by", f"{inputs.backend} {inputs.version}", ", ".join(name for name, chosen in extras if chosen)),
+        ("built for", built_for, ""),
+        (
+            "limits",
+            f"batch {limits.max_batch}, {limits.max_seq_len} tokens, chunks of {limits.prefill_chunk}, "
+            f"{limits.max_tiles} tiles",
+            "",
+        ),
+    ]
+    for graph, engine in record.engines.items():
+        rows += [
+            (graph, f"{engine.size_bytes:,} bytes, weights {engine.weights_bytes:,}", ""),
+            ("", f"activations {engine.activation_bytes:,} bytes at most", ""),
+            ("", f"kernels: {_kernels(engine)}", ""),
+            *((f"  {found.check}", found.detail, "") for found in engine.findings),
+        ]
+    return rows
+
+
+def _kernels(engine: GraphEngine) -> str:
+    """How many of each class, such as "12 gemm, 5 attention"; attention is told by its name alone."""
+    kinds = Counter("attention" if "_mha_" in kernel.name else kernel.kind for kernel in engine.kernels)
+    return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()) or "not told"
 
 
 def _files(manifest: Manifest) -> Rows:
