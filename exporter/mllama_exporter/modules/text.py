@@ -210,7 +210,8 @@ class Decoder(nn.Module):
     def _self_attention_mask(self, kv_lengths: Tensor, seq: int, cache_len: int) -> Tensor:
         """Cache entries each new token attends to, bool [B, 1, S, C]: the last new token is entry kv_lengths - 1."""
         own = kv_lengths[:, None] - seq + torch.arange(seq)  # [B, S] each new token's own entry
-        return (torch.arange(cache_len) <= own[..., None]).unsqueeze(1)
+        # Axes come before the comparison: TensorRT-RTX 1.7.1 fails on a boolean Unsqueeze here at batch 1.
+        return torch.arange(cache_len) <= own[:, None, :, None]
 
     def _cross_attention_mask(self, tiles: Tensor, has_image: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Patches each token attends to [B, 1, S, T*P], and the tokens that take each branch, 2 x [B, S, 1].
