@@ -45,6 +45,8 @@ class Verb:
 
 VERBS = {
     "export": Verb("mllama_exporter.cli.export:command", "Make a bundle from a Hugging Face checkpoint.", "export"),
+    "quantize": Verb("mllama_exporter.cli.quantize:command", "Make a smaller bundle of a bundle.", "export"),
+    "build": Verb("mllama_exporter.cli.build:command", "Build a bundle's graphs into TensorRT engines.", "export"),
     "validate": Verb("mllama_exporter.cli.validate:command", "Compare a bundle with its checkpoint.", "export"),
     "inspect": Verb("mllama_runtime.cli.inspect:command", "Show what a bundle holds.", "cpu"),
     "verify": Verb("mllama_runtime.cli.verify:command", "Check every file of a bundle.", "cpu"),
