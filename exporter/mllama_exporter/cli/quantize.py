@@ -43,8 +43,9 @@ _WITHOUT = "none"
 @click.option(
     "--calibration",
     metavar="FOLDER|FILE.jsonl|none",
-    help="Pictures, or questions about pictures as `mllama eval` reads them, like those the model will see; some "
-    'hundreds. int8 and fp8 need them; int4 chooses better scales with them, and does without for "none".',
+    help="Pictures, or questions about pictures as `mllama eval` reads them, some hundreds, like those the model will "
+    "see: with some about no picture, if it will see these. int8 and fp8 need them; int4 chooses better scales with "
+    'them, and does without for "none".',
 )
 @click.option(
     "--vision",
