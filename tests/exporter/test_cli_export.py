@@ -106,9 +106,10 @@ def test_the_summary(exporter: list[tuple[Any, ...]], bundle_of: Callable[..., P
 
 BARS = """
 import sys
-from mllama_exporter.cli.export import _Steps
+from mllama_exporter.cli.export import _STEPS
+from mllama_exporter.cli.steps import Steps
 try:
-    with _Steps() as steps:
+    with Steps(_STEPS) as steps:
         steps("tracing", 0, 2)
         steps("tracing", 2, 2)
         for done in range(0, 1_500_001, 1000):

@@ -31,6 +31,8 @@ from mllama_exporter.quantize.layers import Group
 from mllama_exporter.quantize.scheme import FloatArray
 
 Progress = Callable[[int, int], object]
+_TEXTS = ("Name the four seasons.", "What is the capital of France?", "Write a short poem about the sea.", "Hello!")
+_TEXT_EVERY = 6  # pictures; without a text-only prompt, int8 errors on such prompts were twice those with some
 _QUESTIONS = ("Describe the picture.", "What do you see?", "How many things are there, and where?")
 _MAX_NEW_TOKENS = 32
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
@@ -63,7 +65,9 @@ class Measured:
 
 
 def calibration_samples(path: Path) -> tuple[Question, ...]:
-    """Questions from a JSONL file, as `mllama eval` reads them but answers are optional; or a folder's pictures.
+    """Questions from a JSONL file, as `mllama eval` reads them but answers are optional; or about a folder's pictures.
+
+    With a folder, questions about no picture are put among those about its pictures.
 
     Raises:
         InputError: there are none, or a line is wrong.
@@ -73,10 +77,13 @@ def calibration_samples(path: Path) -> tuple[Question, ...]:
     pictures = sorted(each for each in path.iterdir() if each.suffix.lower() in _SUFFIXES)
     if not pictures:
         raise InputError("holds no pictures", where=path, expected=f"files ending in {', '.join(_SUFFIXES)}")
-    return tuple(
-        Question(id=each.name, text=_QUESTIONS[index % len(_QUESTIONS)], answers=(), images=(each,))
-        for index, each in enumerate(pictures)
-    )
+    samples = []
+    for index, each in enumerate(pictures):
+        samples.append(Question(each.name, _QUESTIONS[index % len(_QUESTIONS)], answers=(), images=(each,)))
+        if index % _TEXT_EVERY == _TEXT_EVERY - 1:
+            text = _TEXTS[index // _TEXT_EVERY % len(_TEXTS)]
+            samples.append(Question(f"text {index}", text, answers=()))
+    return tuple(samples)
 
 
 def check_pictures(samples: Sequence[Question]) -> None:
