@@ -434,6 +434,12 @@ def test_kernels_are_read_from_what_the_builder_says() -> None:
         Kernel("c_0", "call", "", (), (), ()),
     )
     assert memory_from_log(details) == (12, 0)
+    profiles = [
+        "Total Activation Memory: 40 bytes",
+        "Total Activation Memory: 30 bytes",
+        "Total Weights Memory: 5 bytes",
+    ]
+    assert memory_from_log(profiles) == (5, 40)
     assert kernels_from_log(["a version that says nothing"]) == ()
 
 

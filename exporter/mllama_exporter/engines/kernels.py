@@ -39,6 +39,9 @@ def kernels_from_log(details: Iterable[str]) -> tuple[Kernel, ...]:
 
 
 def memory_from_log(details: Iterable[str]) -> tuple[int, int]:
-    """Device memory for weights and for activations in bytes; zero where nothing was said."""
-    said = {what: int(count) for message in details for what, count in _MEMORY.findall(message)}
-    return said.get("Weights", 0), said.get("Activation", 0)
+    """Device memory for weights and for activations in bytes, of the profile that needs most; zero if nothing was said."""
+    said = [(what, int(count)) for message in details for what, count in _MEMORY.findall(message)]
+    weights, activations = (
+        max((count for what, count in said if what == kind), default=0) for kind in ("Weights", "Activation")
+    )
+    return weights, activations

@@ -15,7 +15,7 @@ from mllama_runtime.cli import example, json_option
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.engine_record import EngineRecord, GraphEngine, read_record
 from mllama_runtime.fields import printable, to_plain
-from mllama_runtime.manifest import GraphSpec, Manifest, TensorSpec
+from mllama_runtime.manifest import GraphSpec, Manifest, Quantization, TensorSpec
 
 Rows = list[tuple[str, ...]]
 
@@ -50,6 +50,7 @@ def _summary(manifest: Manifest) -> Rows:
     source, weights, verdict = manifest.source, manifest.weights, manifest.validation
     rows: Rows = [
         ("precision", manifest.precision),
+        *_quantization(manifest.quantization),
         ("mask semantics", manifest.mask_semantics),
         ("source", f"{source.format}, {source.num_tensors:,} tensors, {source.num_parameters:,} parameters"),
         ("fingerprint", source.fingerprint),
@@ -67,6 +68,15 @@ def _summary(manifest: Manifest) -> Rows:
         counts = f"{verdict.num_failed} of {verdict.num_checks} checks failed"
         rows.append(("validation", f"{verdict.verdict}: {counts} against {verdict.reference}; see {verdict.report}"))
     return rows
+
+
+def _quantization(made: Quantization | None) -> Rows:
+    if made is None:
+        return []
+    data = made.calibration
+    seen = f"{data.num_samples} questions, {data.num_images} pictures, {data.num_tokens} tokens" if data else "none"
+    kept = f"{len(made.kept)} matrices" + (f", {made.kept[0]} the first" if made.kept else "")
+    return [("quantized from", f"{made.base}; vision {made.vision or 'kept'}"), ("kept", kept), ("calibration", seen)]
 
 
 def _model(model: ModelConfig) -> Rows:
