@@ -39,7 +39,7 @@ def kernels_from_log(details: Iterable[str]) -> tuple[Kernel, ...]:
 
 
 def memory_from_log(details: Iterable[str]) -> tuple[int, int]:
-    """Device memory for weights and for activations in bytes, of the profile that needs most; zero if nothing was said."""
+    """Device memory for weights and activations in bytes, of the profile that needs most; 0 where nothing was said."""
     said = [(what, int(count)) for message in details for what, count in _MEMORY.findall(message)]
     weights, activations = (
         max((count for what, count in said if what == kind), default=0) for kind in ("Weights", "Activation")
