@@ -55,7 +55,7 @@ def test_answers_stay_right(scheme: str, vision: str | None, bundle_of, question
 def test_every_base_is_quantised(base: str, scheme: str, bundle_of, tmp_path: Path, questions_of: QuestionsOf) -> None:
     """Schemes that scale columns leave what was read alone: its hash says that it is the bundle's."""
     source = Bundle.open(bundle_of(base))
-    samples = calibration_samples(questions_of("calibration", 128))[:4]
+    samples = calibration_samples(questions_of("calibration", 128))[:48]
     bundle = quantized_bundle_from_bundle(source, tmp_path / "out", QuantizeOptions(scheme), samples)
     assert bundle.manifest.quantization.base == base
     questions = task_from_jsonl(questions_of("held_out", 200)).questions[:50]

@@ -248,10 +248,11 @@ class _Work:
             )
             return
         weight = as_float32(data, info.dtype).reshape(stop - start, -1)
+        # Never in place: float32 weights are `data` itself, which is hashed as it was read.
         if matrix.columns is not None:
-            weight *= matrix.columns
+            weight = weight * matrix.columns
         if matrix.rows is not None:
-            weight /= matrix.rows[start:stop, None]
+            weight = weight / matrix.rows[start:stop, None]
         try:
             scales = row_scales(weight, matrix.scheme, info.dtype, matrix.importance)
         except InputError as error:
