@@ -107,9 +107,9 @@ class BundleWriter:
 
     def _is_ours(self, fault: OSError) -> bool:
         """Whether an OSError is about the folder being written, not about something read beside it."""
-        if fault.filename is None:
-            return is_full(fault)
-        return Path(os.fsdecode(fault.filename)).is_relative_to(self.path)
+        if is_full(fault):  # a copy names what it read
+            return True
+        return fault.filename is not None and Path(os.fsdecode(fault.filename)).is_relative_to(self.path)
 
 
 def _check_output(output: Path, not_inside: Path | None) -> None:

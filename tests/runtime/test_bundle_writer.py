@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,17 @@ def test_a_disk_full_at_the_manifest(small_disk: Path) -> None:
     assert [path.name for path in small_disk.iterdir()] == ["filler"]
     (small_disk / "filler").unlink()
     assert write(small_disk / "b").verify(full=True).problems == ()
+
+
+def test_a_disk_full_of_copies_names_the_bundle(small_disk: Path, tmp_path: Path) -> None:
+    """shutil names what it read."""
+    (tmp_path / "source.bin").write_bytes(bytes(100_000))
+    with (
+        pytest.raises(ResourceError, match=r"b: the disk is full \(No space left"),
+        BundleWriter(small_disk / "b") as writer,
+    ):
+        shutil.copyfile(tmp_path / "source.bin", writer.path / "copy.bin")
+    assert list(small_disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
