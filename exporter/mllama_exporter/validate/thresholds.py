@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 from mllama_runtime.manifest import BasePrecision, Precision, Quantization, QuantizedPrecision
@@ -109,6 +109,10 @@ FP8 = Tolerance(layers=0.3, tensors=0.6, logits=0.4, kl=0.5, kl_mean=5e-3, top1=
 # 0.83.
 INT4 = Tolerance(layers=0.5, tensors=1, logits=0.6, kl=1.5, kl_mean=2e-2, top1=0.97, identical=0.5)
 
+# With a quantised vision tower the errors of both add up, at single close calls most: KL 0.60 with FP8 in both graphs
+# (mean 1.9e-3, top1 0.9954), 0.13 with INT8 (7.6e-4, 0.9962). Both KL bounds are this many times wider then.
+_KL_WITH_TOWER = 3
+
 QUANTIZED: Mapping[QuantizedPrecision, Tolerance] = {
     "int8-weight": INT8_WEIGHT,
     "int8": INT8,
@@ -155,7 +159,9 @@ def _bounds(base: Tolerance, precision: Precision, quantization: Quantization | 
     tower = decoder = base
     if quantization is not None:
         decoder = QUANTIZED[cast(QuantizedPrecision, precision)]
-        tower = base if quantization.vision is None else QUANTIZED[quantization.vision]
+        if quantization.vision is not None:
+            tower = QUANTIZED[quantization.vision]
+            decoder = replace(decoder, kl=_KL_WITH_TOWER * decoder.kl, kl_mean=_KL_WITH_TOWER * decoder.kl_mean)
     largest = _LARGEST_FINITE[base_of(precision, quantization)]
     return {
         "pixel_values": Bound(1e-6),  # measured 0: the same operations in the same order
