@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def engine_from_network(
             engine = future.result()
         except BaseException as fault:
             monitor.fault = fault
+            while not future.done():
+                with suppress(KeyboardInterrupt):  # one is under way; leaving while the builder works would abort
+                    wait([future])
             raise
     if monitor.fault is not None:
         raise monitor.fault
