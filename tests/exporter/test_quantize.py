@@ -277,6 +277,27 @@ def test_folders_and_files_that_hold_no_pictures(source: Bundle, tmp_path: Path)
     assert calibration_samples(tmp_path / "open.jsonl")[0].answers == ()  # a question without an answer will do
 
 
+def test_a_base_model_is_asked_without_a_template(bundle_of, tmp_path: Path) -> None:
+    copy = shutil.copytree(bundle_of("fp16"), tmp_path / "base")
+    (copy / "chat_template.jinja").unlink()
+    manifest = Bundle.read(copy).manifest
+    files = {name: entry for name, entry in manifest.files.items() if name != "chat_template.jinja"}
+    (copy / "manifest.json").write_bytes(replace(manifest, files=files).to_json())
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((60, 60), 80).convert("RGB").save(tmp_path / "pictures" / "noise.png")
+    samples = calibration_samples(tmp_path / "pictures")
+    bundle = quantized_bundle_from_bundle(Bundle.open(copy), tmp_path / "out", QuantizeOptions("int8"), samples)
+    assert bundle.manifest.quantization.calibration.num_images == 1
+
+
+def test_a_question_that_cannot_be_asked_is_named(source: Bundle, tmp_path: Path) -> None:
+    Image.new("RGB", (60, 60)).save(tmp_path / "a.png")
+    images = (tmp_path / "a.png",)
+    samples = (Question("first", "What?", (), images), Question("second", "word " * 140_000, (), images))
+    with pytest.raises(InputError, match="second: prompt: the prompt is too long"):
+        quantized_bundle_from_bundle(source, tmp_path / "out", QuantizeOptions("int8"), samples)
+
+
 def test_damaged_weights_are_not_quantised(source: Bundle, tmp_path: Path) -> None:
     copy = shutil.copytree(source.root, tmp_path / "copy")
     opened = Bundle.open(copy)

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.engine import Engine, Request
-from mllama_runtime.errors import InputError
+from mllama_runtime.engine import Engine
+from mllama_runtime.errors import InputError, RequestError
+from mllama_runtime.evaluation.asking import AskOptions, error_of_question, request_from_question
 from mllama_runtime.evaluation.questions import Question, task_from_jsonl
 from mllama_runtime.images import load_image
 from mllama_runtime.manifest import Calibration
 from mllama_runtime.preprocessing import ImageTiles, preprocess
 from mllama_runtime.prompt import image_visibility
-from mllama_runtime.sampling import SamplingParams
 from numpy.typing import NDArray
 
 from mllama_exporter.feeds import decoder_inputs, vision_inputs
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], object]
 _TEXTS = ("Name the four seasons.", "What is the capital of France?", "Write a short poem about the sea.", "Hello!")
 _TEXT_EVERY = 6  # pictures; without a text-only prompt, int8 errors on such prompts were twice those with some
 _QUESTIONS = ("Describe the picture.", "What do you see?", "How many things are there, and where?")
-_MAX_NEW_TOKENS = 32
+_ASKED = AskOptions(max_new_tokens=32)
 _SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp")
 
 
@@ -160,9 +160,12 @@ class _Run:
             self.graphs[key] = _ObservedGraph(self.bundle, key, self.groups.get(key, ()))
 
     def add(self, sample: Question) -> None:
-        request = Request(sample.prompt, images=sample.images, sampling=SamplingParams(max_new_tokens=_MAX_NEW_TOKENS))
-        prompt = self.engine.prompt(request)
-        answer = self.engine.generate_batch([request])[0].token_ids
+        request = request_from_question(self.bundle.manifest, sample, sample.images, _ASKED)
+        try:
+            prompt = self.engine.prompt(request)
+            answer = self.engine.generate_batch([request])[0].token_ids
+        except RequestError as error:
+            raise error_of_question(error, sample) from error
         token_ids, model = (*prompt.token_ids, *answer), self.bundle.manifest.model
         tiles = [preprocess(load_image(each), self.engine.preprocessor) for each in prompt.images]  # type: ignore[arg-type]
         cross = [self._run("vision", vision_inputs(each)) for each in tiles]

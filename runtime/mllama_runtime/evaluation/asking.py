@@ -10,6 +10,8 @@ from mllama_runtime.engine import EncodedImage, Engine, Request
 from mllama_runtime.errors import RequestError
 from mllama_runtime.evaluation.questions import Question
 from mllama_runtime.fields import Prose
+from mllama_runtime.images import ImageSource
+from mllama_runtime.manifest import Manifest
 from mllama_runtime.sampling import SamplingParams
 from mllama_runtime.tokenizer import IMAGE_TOKEN
 
@@ -47,7 +49,6 @@ def answers_from_engine(
         ImageError: naming the picture that cannot be read.
         ResourceError: a batch does not fit into memory.
     """
-    sampling = SamplingParams(max_new_tokens=options.max_new_tokens)
     groups: dict[tuple[Path, ...], int] = {}
     places = [groups.setdefault(question.images, len(groups)) for question in questions]
     order = sorted(range(len(questions)), key=places.__getitem__)
@@ -58,7 +59,7 @@ def answers_from_engine(
         batch = [questions[index] for index in chosen]
         needed = dict.fromkeys(path for question in batch for path in question.images)
         pictures = {path: pictures[path] if path in pictures else engine.encode_image(path) for path in needed}
-        for index, answer in zip(chosen, _ask(engine, batch, pictures, options, sampling), strict=True):
+        for index, answer in zip(chosen, _ask(engine, batch, pictures, options), strict=True):
             answers[index] = answer
         progress(len(batch))
     return answers
@@ -69,26 +70,35 @@ def _ask(
     batch: Sequence[Question],
     pictures: Mapping[Path, EncodedImage],
     options: AskOptions,
-    sampling: SamplingParams,
 ) -> list[str]:
-    is_raw = "chat_template.jinja" not in engine.bundle.manifest.files  # a base model
     requests = [
-        Request(
-            IMAGE_TOKEN * len(question.images) + question.prompt if is_raw else question.prompt,
-            images=[pictures[path] for path in question.images],
-            system=options.system,
-            sampling=sampling,
-            date_string=options.date_string,
-            raw=is_raw,
-        )
+        request_from_question(engine.bundle.manifest, question, [pictures[path] for path in question.images], options)
         for question in batch
     ]
     try:
         return [generation.text for generation in engine.generate_batch(requests)]
     except RequestError as error:
         if len(batch) > 1:  # one of them is to blame, and alone it is found
-            return [text for each in batch for text in _ask(engine, [each], pictures, options, sampling)]
-        where = f"{batch[0].id}: {error.where}"
-        raise RequestError(
-            error.what, where=where, expected=error.expected, found=error.found, hint=error.hint
-        ) from error
+            return [text for each in batch for text in _ask(engine, [each], pictures, options)]
+        raise error_of_question(error, batch[0]) from error
+
+
+def request_from_question(
+    manifest: Manifest, question: Question, images: Sequence[EncodedImage | ImageSource], options: AskOptions
+) -> Request:
+    """How a question is put to a model: in its chat template, or as it stands to a base model, which has none."""
+    is_raw = "chat_template.jinja" not in manifest.files
+    return Request(
+        IMAGE_TOKEN * len(images) + question.prompt if is_raw else question.prompt,
+        images=images,
+        system=options.system,
+        sampling=SamplingParams(max_new_tokens=options.max_new_tokens),
+        date_string=options.date_string,
+        raw=is_raw,
+    )
+
+
+def error_of_question(error: RequestError, question: Question) -> RequestError:
+    """The same, naming the question."""
+    where = f"{question.id}: {error.where}"
+    return RequestError(error.what, where=where, expected=error.expected, found=error.found, hint=error.hint)
