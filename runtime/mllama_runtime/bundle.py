@@ -160,25 +160,33 @@ class Bundle:
     def stamp(self, validation: Validation, reports: Mapping[str, bytes]) -> Bundle:
         """Write report files and put a verdict into the manifest; a crash leaves a bundle with a verdict or without.
 
+        Engines stay as they are on the disk by then.
+
         Args:
             reports: path below reports/ -> content; `validation.report` is one of them.
 
         Raises:
             UsageError: a report outside reports/.
+            BundleError: the bundle was replaced since it was opened.
             InputError: the bundle is read-only.
             ResourceError: the disk is full.
         """
         for name in reports:
             if not (name.startswith("reports/") and is_inner_path(name)):
                 raise UsageError("a report belongs below reports/", where=name)
-        others = {name: entry for name, entry in self.manifest.files.items() if name not in reports}
+        now = Bundle.read(self.root).manifest
+        for name, entry in self.manifest.files.items():
+            if not name.startswith(("reports/", "engines/")) and now.files.get(name) != entry:
+                hint = "validate it again"
+                raise BundleError("the bundle has become another one meanwhile", where=self.root / name, hint=hint)
+        others = {name: entry for name, entry in now.files.items() if name not in reports}
         entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in reports.items()}
-        bare = replace(self.manifest, validation=None, files=others)
-        stamped = replace(self.manifest, validation=validation, files=others | entries)
+        bare = replace(now, validation=None, files=others)
+        stamped = replace(now, validation=validation, files=others | entries)
         where = self.root / MANIFEST_NAME
         Manifest.from_json(stamped.to_json(), where)  # what is written can be read
         with disk_faults(self.root):
-            if bare != self.manifest:  # the old verdict goes before its report does
+            if bare != now:  # the old verdict goes before its report does
                 write_whole(where, bare.to_json())
             for name, data in reports.items():
                 (self.root / name).parent.mkdir(parents=True, exist_ok=True)

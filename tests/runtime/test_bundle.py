@@ -349,6 +349,17 @@ def test_a_stamp_writes_below_reports_only(folder: Path, name: str) -> None:
     assert Bundle.open(folder).manifest.validation is None
 
 
+def test_a_verdict_is_not_put_on_another_bundle(folder: Path) -> None:
+    """Validation takes long; the folder may hold a new export by its end."""
+    opened = Bundle.open(folder)
+    files = dict(opened.manifest.files)
+    files["decoder.onnx"] = replace(files["decoder.onnx"], sha256="0" * 64)
+    (folder / "manifest.json").write_bytes(replace(opened.manifest, files=files).to_json())
+    with pytest.raises(BundleError, match=r"decoder\.onnx: the bundle has become another one meanwhile"):
+        opened.stamp(VERDICT, {"reports/validation.json": b"{}"})
+    assert not (folder / "reports").exists()
+
+
 @pytest.mark.parametrize("step", range(8))
 def test_a_stamp_interrupted_anywhere_leaves_a_good_bundle(
     folder: Path, monkeypatch: pytest.MonkeyPatch, step: int

@@ -130,6 +130,14 @@ def test_an_engine_keeps_the_verdict_and_the_other_engines(bundle: Bundle) -> No
     assert Bundle.open(bundle.root) == added
 
 
+def test_a_verdict_keeps_the_engines_that_came_meanwhile(bundle: Bundle) -> None:
+    added = add(bundle, record_of(inputs_of(bundle)))
+    verdict = Validation("pass", "reports/validation.json", 3, 0, "the model")
+    stamped = bundle.stamp(verdict, {"reports/validation.json": b"{}"})  # opened before the engine came
+    assert stamped.manifest.engines == added.manifest.engines
+    assert stamped.verify(full=True).problems == ()
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"random bytes\x00\xff", b"native code X"], ids=["empty", "random", "same size"]
 )
