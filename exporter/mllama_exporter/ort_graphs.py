@@ -27,6 +27,7 @@ from mllama_exporter.ort_kernels import PRODUCTS, use_quantized_kernels
 
 _CONTRIB = "com.microsoft"
 _LOW_PRECISION = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+_HEAD_MULTIPLE = 8  # of the sizes of heads that GroupQueryAttention takes
 _LOWEST = np.finfo(np.float32).min
 
 
@@ -38,7 +39,8 @@ def ort_graph_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model:
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     cached = [node for node in attentions if _reads_cache(node)]
     if cached:
-        _use_group_query_attention(model.graph, cached, config)
+        if config.text.head_dim % _HEAD_MULTIPLE == 0:  # otherwise the standard operators stay
+            _use_group_query_attention(model.graph, cached, config)
         _use_matrix_products(model.graph, [node for node in attentions if node not in cached], config)
         _skip_without_pictures(model.graph, config)
         RemoveUnusedNodesPass()(model)  # the mask over the cache

@@ -7,10 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+import torch
+from mllama_exporter.graphs import decoder_graph_from_config, weight_names
+from mllama_exporter.hf_config import model_config_from_hf
+from mllama_exporter.ort_graphs import ort_graph_from_graph
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
+
+from ._checkpoints import tiny, write_checkpoint
 
 BAR = 2e-5  # absolute, the bar of the graphs themselves; measured 1.2e-5 on logits of order ten
 
@@ -110,3 +117,21 @@ def test_the_twins_operators(bundle_of, model: ModelConfig, precision: str) -> N
     assert twin["If"] == twin["FusedMatMul"] == len(model.text.cross_attention_layers)
     assert twin["Attention"] == twin["TensorScatter"] == 0
     assert operators("vision.ort.onnx")["Attention"] == model.vision.num_layers + model.vision.num_global_layers
+
+
+def test_heads_of_a_size_that_the_kernel_does_not_take(tmp_path: Path) -> None:
+    """ONNX Runtime refuses them when it runs; a session over the twin of such a model runs it all the same."""
+    folder = write_checkpoint(tmp_path / "checkpoint", config=tiny(text={"hidden_size": 24}))
+    config = model_config_from_hf(folder)
+    standard = decoder_graph_from_config(config, torch.float32, "hf")
+    weights = {name: standard.graph.initializers[name] for name in weight_names(standard)}
+    rng = np.random.default_rng(1)
+    for name, value in weights.items():
+        value.const_value = ir.tensor(rng.standard_normal(value.shape.numpy(), np.float32) * 0.1, name=name)
+    sessions = []
+    for name, graph in (("standard", standard), ("twin", ort_graph_from_graph(standard, config))):
+        ir.save(graph, tmp_path / f"{name}.onnx")
+        sessions.append(ort.InferenceSession(tmp_path / f"{name}.onnx"))
+    feeds = inputs(config, [7, 3], 1, 2)
+    expected, found = (session.run(["logits"], feeds)[0] for session in sessions)
+    assert np.abs(expected - found).max() <= BAR
