@@ -201,6 +201,8 @@ class _Check:
             "quantization",
             expected="one for each quantised precision, and for no other",
         )
+        if manifest.quantization and (seen := manifest.quantization.calibration):
+            self.counts("quantization.calibration", seen, "num_samples", "num_images", "num_tokens")
         for index, engine in enumerate(manifest.engines):
             for path in engine.files:
                 self.listed(f"engines[{index}].files", path, manifest)

@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mllama_runtime.errors import BundleError
-from mllama_runtime.manifest import MAX_MANIFEST_BYTES, EngineEntry, FileEntry, Manifest, Validation, is_inner_path
+from mllama_runtime.manifest import (
+    MAX_MANIFEST_BYTES,
+    Calibration,
+    EngineEntry,
+    FileEntry,
+    Manifest,
+    Quantization,
+    Validation,
+    is_inner_path,
+)
 
 from ._bundle import MANIFEST, SHA
 
@@ -36,6 +45,12 @@ def refused(data: bytes) -> str:
     assert len(line) < 700
     assert line.isprintable()
     return line
+
+
+def test_calibration_on_fewer_than_none_is_refused() -> None:
+    seen = Quantization("fp16", None, (), Calibration(4, -1, 100, "0" * 64))
+    message = refused(replace(FULL, precision="int8", quantization=seen).to_json())
+    assert "quantization.calibration.num_images: negative" in message
 
 
 def test_round_trip() -> None:
