@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from mllama_exporter.quantize import QuantizeOptions, calibration, calibration_samples, quantized_bundle_from_bundle
+from mllama_exporter.quantize import (
+    QuantizeOptions,
+    calibration,
+    calibration_samples,
+    pipeline,
+    quantized_bundle_from_bundle,
+)
 from mllama_exporter.quantize.layers import groups_of, kept
 from mllama_exporter.validate import report_from_bundle
 from mllama_exporter.validate.samples import builtin_samples
@@ -219,6 +225,12 @@ def test_no_samples(source: Bundle, tmp_path: Path) -> None:
     assert "no calibration samples" in refusal(source, tmp_path / "out", "int8", ())
     for scheme in ("int8", "fp8"):
         assert "needs data" in refusal(source, tmp_path / "out", scheme, None, UsageError)
+
+
+def test_a_model_of_other_widths_than_blocks(source: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test double: a scheme whose blocks divide none of the miniature's widths, as 128 divides none of some models'."""
+    monkeypatch.setattr(pipeline, "SCHEMES", {"int4": replace(pipeline.SCHEMES["int4"], block_size=192)})
+    assert "scheme: int4 fits none of the model's matrices" in refusal(source, tmp_path / "out", "int4", None)
 
 
 def test_a_quantised_bundle_is_not_quantised_again(bundle_of, tmp_path: Path) -> None:

@@ -159,7 +159,11 @@ def _subject(graphs: Mapping[GraphKey, ir.Model], options: QuantizeOptions) -> _
     left = unfit | kept(list(schemes), options.keep)
     schemes = {name: scheme for name, scheme in schemes.items() if name not in left}
     if not schemes:
-        raise UsageError("nothing is left to quantise", where="keep", found=", ".join(options.keep) or None)
+        if not options.keep:
+            blocks = SCHEMES[options.scheme].block_size
+            expected = f"widths that are multiples of {blocks}"
+            raise InputError(f"{options.scheme} fits none of the model's matrices", where="scheme", expected=expected)
+        raise UsageError("nothing is left to quantise", where="keep", found=", ".join(options.keep))
     return _Subject(groups, schemes, tuple(sorted(left)))
 
 
@@ -252,7 +256,8 @@ def _activation_scales(
             continue
         largest = float((statistics[group].max_abs / smoothing.get(group, 1)).max())
         dtype = SCALE_DTYPES[stored.tensors[f"{names[0]}_scale"].dtype]
-        scale = float(np.array(largest / scheme.largest).astype(dtype))
+        with np.errstate(over="ignore"):
+            scale = float(np.array(largest / scheme.largest).astype(dtype))
         if not (np.isfinite(scale) and scale > 0):
             found = f"{largest:g} / {scheme.largest:g} = {scale:g} in {dtype}"
             raise InputError("no usable scale for its input", where=", ".join(names), found=found)
