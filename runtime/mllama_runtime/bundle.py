@@ -98,14 +98,21 @@ class Bundle:
         return cls(root, Manifest.from_json(data, where))
 
     @classmethod
-    def open(cls, path: Path, *, full: bool = False) -> Bundle:
+    def open(cls, path: Path, *, full: bool = False, engines: bool = True) -> Bundle:
         """Read the manifest and check the files, as `verify` does: what every session does first.
+
+        Args:
+            engines: whether the files of engines count; who builds them again does not mind their state.
 
         Raises:
             BundleError: naming the first file that is wrong.
         """
         bundle = cls.read(path)
-        problems = [problem for problem in bundle.verify(full=full).problems if not bundle._is_leftover(problem.path)]
+        problems = [
+            problem
+            for problem in bundle.verify(full=full).problems
+            if not bundle._is_leftover(problem.path) and (engines or not problem.path.startswith("engines/"))
+        ]
         if problems:
             first, others = problems[0], len(problems) - 1
             raise BundleError(

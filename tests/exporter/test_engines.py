@@ -137,6 +137,20 @@ def test_building_again_does_nothing(folder: Path) -> None:
     assert [entry.key for entry in Bundle.open(folder).manifest.engines] == [first.record.key, other.record.key]
 
 
+@pytest.mark.parametrize("damage", ["emptied", "gone"])
+def test_a_damaged_engine_is_built_again(damage: str, folder: Path) -> None:
+    first = engine_for_bundle(folder, OPTIONS)
+    file = folder / first.record.engines["decoder"].file
+    file.unlink()
+    if damage == "emptied":
+        file.touch()
+    with pytest.raises(BundleError, match=r"decoder\.engine"):
+        Bundle.open(folder)
+    again = engine_for_bundle(folder, OPTIONS)
+    assert not again.already_built
+    assert [entry.key for entry in Bundle.open(folder, full=True).manifest.engines] == [first.record.key]
+
+
 def test_profiles_hold_the_limits(folder: Path) -> None:
     limits = Limits(max_batch=3, max_seq_len=100, prefill_chunk=20, max_tiles=8)
     graphs = Bundle.open(folder).manifest.graphs

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx_ir as ir
@@ -25,7 +26,7 @@ from mllama_runtime import Engine, Request, SamplingParams
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.decode import Row, prefill
-from mllama_runtime.errors import BundleError, ImageError, InputError, UsageError
+from mllama_runtime.errors import BundleError, ImageError, InputError, ResourceError, UsageError
 from mllama_runtime.evaluation.asking import AskOptions, answers_from_engine
 from mllama_runtime.evaluation.metrics import exact
 from mllama_runtime.evaluation.questions import Question, task_from_jsonl
@@ -320,3 +321,15 @@ def test_damaged_weights_are_not_quantised(source: Bundle, tmp_path: Path) -> No
     with pytest.raises(BundleError, match="not what the manifest says"):
         quantized_bundle_from_bundle(opened, tmp_path / "out", QuantizeOptions("int8-weight"), None)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_small_disk_is_noticed_before_calibration(
+    source: Bundle, tmp_path: Path, questions_of: QuestionsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    samples = calibration_samples(questions_of("calibration", 128))
+    steps: list[str] = []
+    options = QuantizeOptions("int8")
+    with pytest.raises(ResourceError, match=r"the disk is full.*found 1000 bytes free"):
+        quantized_bundle_from_bundle(source, tmp_path / "out", options, samples, lambda step, *_: steps.append(step))
+    assert (steps, list(tmp_path.iterdir())) == ([], [])

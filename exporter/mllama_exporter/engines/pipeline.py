@@ -59,15 +59,16 @@ def engine_for_bundle(
         GateError: an engine is not what it must be; the layer is named.
     """
     trt = tensorrt_from_backend(options.backend)
-    bundle = Bundle.open(path)
+    bundle = Bundle.open(path, engines=False)
     inputs = inputs_from_options(options, bundle.manifest, trt)
     notices = _notices(options, trt)
     key = inputs.key()
-    if entry := next((entry for entry in bundle.manifest.engines if entry.key == key), None):
+    entry = next((entry for entry in bundle.manifest.engines if entry.key == key), None)
+    if entry and not any(problem.path in entry.files for problem in bundle.verify(full=False).problems):
         return BuiltEngine(bundle, read_record(bundle, entry), True, notices)
     check_room(bundle)
     with _partial_folder(bundle.root / "engines" / key) as folder:
-        Bundle.open(path, full=True)  # the key promises the weights' hashes
+        Bundle.open(path, full=True, engines=False)  # the key promises the weights' hashes
         engines = {
             graph: _graph_engine(trt, bundle, graph, inputs, folder, options.timing_cache, progress)
             for graph in ENGINE_GRAPHS

@@ -34,7 +34,13 @@ from mllama_exporter.quantize.layers import Group, groups_of, kept
 from mllama_exporter.quantize.rounding import SCALE_DTYPES
 from mllama_exporter.quantize.scheme import SCHEMES, FloatArray, Scheme
 from mllama_exporter.quantize.smoothing import smoothing_scales
-from mllama_exporter.quantize.weights import MatrixPlan, WeightsPlan, WeightsReader, write_quantized_weights
+from mllama_exporter.quantize.weights import (
+    MatrixPlan,
+    WeightsPlan,
+    WeightsReader,
+    check_room,
+    write_quantized_weights,
+)
 
 _TOOLS = ("ml-dtypes", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 _SAMPLE_ROWS = 256  # of each matrix, for the search of smoothing scales
@@ -102,9 +108,11 @@ def quantized_bundle_from_bundle(
         BundleWriter(output, not_inside=bundle.root) as writer,
         WeightsReader(read_header(bundle.path(WEIGHTS_NAME), error=BundleError)) as reader,
     ):
+        path = writer.path / WEIGHTS_NAME
+        unscaled = WeightsPlan({name: MatrixPlan(scheme) for name, scheme in subject.schemes.items()})
+        check_room(reader.file, unscaled, path)  # before hours of calibration
         statistics, calibration = _statistics(bundle, samples, subject, progress)
         smoothing = _smoothing(reader, subject, statistics, progress)
-        path = writer.path / WEIGHTS_NAME
         sha256 = write_quantized_weights(
             reader,
             bundle.manifest.files[WEIGHTS_NAME].sha256,

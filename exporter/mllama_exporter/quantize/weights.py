@@ -119,6 +119,18 @@ def planned_tensors(source: TensorFile, plan: WeightsPlan) -> list[tuple[str, st
     return tensors
 
 
+def check_room(source: TensorFile, plan: WeightsPlan, path: Path) -> None:
+    """That the new file, `path`, fits the disk. Raises ResourceError."""
+    header, targets = encode_header(planned_tensors(source, plan))
+    total = len(header) + sum(target.size_bytes for target in targets)
+    free = shutil.disk_usage(path.parent).free
+    if total > free:
+        hint = "free some space and quantise again"
+        raise ResourceError(
+            "the disk is full", where=path, expected=f"{total} bytes", found=f"{free} bytes free", hint=hint
+        )
+
+
 def write_quantized_weights(
     reader: WeightsReader,
     source_sha256: str,
@@ -138,16 +150,9 @@ def write_quantized_weights(
     Raises:
         BundleError: the source is not what its manifest says.
         InputError: a weight that no scale fits, naming it.
-        ResourceError: the disk has no room.
+        OSError: the disk is full.
     """
     header, targets = encode_header(planned_tensors(reader.file, plan))
-    total = len(header) + sum(target.size_bytes for target in targets)
-    free = shutil.disk_usage(path.parent).free
-    if total > free:
-        hint = "free some space and quantise again"
-        raise ResourceError(
-            "the disk is full", where=path, expected=f"{total} bytes", found=f"{free} bytes free", hint=hint
-        )
     first = min(info.offset_bytes for info in reader.file.tensors.values())
     read, written = _InOrder(), _InOrder()
     with path.open("wb", buffering=0) as file:
