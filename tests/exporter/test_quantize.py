@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from mllama_exporter.quantize import (
     quantized_bundle_from_bundle,
 )
 from mllama_exporter.quantize.layers import groups_of, kept
+from mllama_exporter.quantize.weights import WeightsPlan, WeightsReader, write_quantized_weights
 from mllama_exporter.validate import report_from_bundle
 from mllama_exporter.validate.samples import builtin_samples
 from mllama_runtime import Engine, Request, SamplingParams
@@ -33,6 +35,7 @@ from mllama_runtime.evaluation.questions import Question, task_from_jsonl
 from mllama_runtime.prompt import image_visibility
 from mllama_runtime.sampling import Sampler
 from mllama_runtime.streaming import TextStream
+from mllama_runtime.tensorfile import encode_header, read_header
 from PIL import Image
 
 SCHEMES = ("int8", "int8-weight", "int4", "fp8")
@@ -333,3 +336,13 @@ def test_a_small_disk_is_noticed_before_calibration(
     with pytest.raises(ResourceError, match=r"the disk is full.*found 1000 bytes free"):
         quantized_bundle_from_bundle(source, tmp_path / "out", options, samples, lambda step, *_: steps.append(step))
     assert (steps, list(tmp_path.iterdir())) == ([], [])
+
+
+def test_a_norm_that_smoothing_takes_beyond_fp16_is_named(tmp_path: Path) -> None:
+    header, _ = encode_header([("norm.weight", "F16", (4,))])
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(header + np.array([1, 2, 60000, 3], np.float16).tobytes())
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    plan = WeightsPlan({}, {"norm.weight": np.array([1, 1, 0.5, 1], np.float32)})
+    with WeightsReader(read_header(path, error=InputError)) as reader, pytest.raises(InputError, match=r"norm\.weight"):
+        write_quantized_weights(reader, digest, plan, tmp_path / "out.safetensors")

@@ -24,18 +24,6 @@ MAX_CHECKPOINT_BYTES = 20_000_000
 
 
 @pytest.fixture(scope="module")
-def pictures() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("miniature_pictures", RECIPE / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-@pytest.fixture(scope="module")
 def processor() -> Any:
     transformers = pytest.importorskip("transformers")
     return transformers.AutoProcessor.from_pretrained(CHECKPOINT)

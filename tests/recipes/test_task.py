@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,18 +14,6 @@ from mllama_runtime.evaluation.questions import task_from_jsonl
 from PIL import Image
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "miniature"
-
-
-@pytest.fixture(scope="module")
-def pictures() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("miniature_pictures_of_task", RECIPE / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up while it is executed
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
 
 
 @pytest.mark.parametrize("split", ["held_out", "calibration"])

@@ -247,10 +247,7 @@ class _Work:
     def _converted(self, info: TensorInfo, data: Bytes, start: int, stop: int) -> Iterator[tuple[str, Bytes]]:
         matrix, divisor = self.plan.matrices.get(info.name), self.plan.divisors.get(info.name)
         if matrix is None:
-            yield (
-                info.name,
-                data if divisor is None else _stored(as_float32(data, info.dtype) / divisor[start:stop], info.dtype),
-            )
+            yield info.name, data if divisor is None else self._divided(info, data, divisor[start:stop])
             return
         weight = as_float32(data, info.dtype).reshape(stop - start, -1)
         # Never in place: float32 weights are `data` itself, which is hashed as it was read.
@@ -264,6 +261,14 @@ class _Work:
             raise InputError(error.what, where=f"{self.reader.file.path}: {info.name}", found=error.found) from error
         yield info.name, quantized(weight, scales, matrix.scheme).reshape(-1)
         yield scale_name(info.name), _stored(scales, info.dtype)
+
+    def _divided(self, info: TensorInfo, data: Bytes, divisor: FloatArray) -> Bytes:
+        with np.errstate(over="ignore"):
+            stored = _stored(as_float32(data, info.dtype) / divisor, info.dtype)
+        if not np.isfinite(as_float32(stored, info.dtype)).all():
+            what = "a smoothing scale takes it beyond its precision"
+            raise InputError(what, where=f"{self.reader.file.path}: {info.name}", hint="quantise a bundle in bf16")
+        return stored
 
 
 def _spans(info: TensorInfo) -> list[tuple[int, int]]:
