@@ -1,6 +1,6 @@
-"""A graph that also tells the largest absolute value of its activations: for validation, and for calibration.
+"""A graph that also tells how large its activations are: for validation, and for calibration.
 
-A copy of a graph gets one more output, a scalar, for every tensor asked for; it runs in ONNX Runtime beside the
+A copy of a graph gets one more output or a few for every tensor asked for; it runs in ONNX Runtime beside the
 original's weights file, which is neither copied nor moved.
 """
 
@@ -15,6 +15,8 @@ import onnx_ir as ir
 from mllama_runtime.backends.private_ort import ort, session_options
 from mllama_runtime.errors import BundleError
 from onnx_ir.passes.common import ShapeInferencePass
+
+from mllama_exporter.graph_edit import Builder
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -96,6 +98,26 @@ def branch_values(graph: ir.Graph) -> set[str]:
     """Names of what is computed within the branches of an If: in the decoder, only when a row has a picture."""
     branches = [node.attributes["then_branch"].as_graph() for node in graph if node.op_type == "If"]
     return {str(value.name) for branch in branches for node in branch for value in node.outputs}
+
+
+FIRST_ROW = "first_row"
+"""An input [1] of a decoder that `use_every_answer_row` has changed."""
+
+
+def use_every_answer_row(graph: ir.Graph) -> None:
+    """Let a decoder's last norm see every token from FIRST_ROW on, in place, not the one that logits are asked for.
+
+    A whole prompt with its answer then shows what the language head is fed with, token by token; logits are no longer
+    an output.
+    """
+    gather = next(node for node in graph if node.op_type == "GatherND")
+    first = ir.Value(name=FIRST_ROW, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape((1,)))
+    graph.inputs.append(first)
+    build = Builder(graph, gather, "answer_rows")
+    end, axis = (build.constant(np.array([value], np.int64)) for value in (np.iinfo(np.int64).max, 1))
+    rows = build.add("Slice", [gather.inputs[0], first, end, axis])
+    ir.convenience.replace_all_uses_with(gather.outputs[0], rows)
+    graph.outputs.remove(next(output for output in graph.outputs if output.name == "logits"))
 
 
 class _Watch:

@@ -326,6 +326,17 @@ def test_damaged_weights_are_not_quantised(source: Bundle, tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
+def test_the_language_head_is_measured_on_every_token_of_the_answers(source: Bundle, questions_of: QuestionsOf) -> None:
+    samples = calibration_samples(questions_of("calibration", 128))[:4]
+    groups = groups_of(ir.load(source.path("decoder.onnx")).graph)
+    with Engine(source, OrtBackend(source, 1)) as engine:
+        found = calibration.measured(source, engine, samples, {"decoder": groups}, lambda done, total: None)
+        asked = [Request(each.prompt, images=each.images) for each in samples]
+        num_tokens = sum(len(answer.token_ids) for answer in engine.generate_batch(asked))
+    head = next(group for group in groups if "lm_head" in group.members[0])
+    assert found.statistics[head].num_rows == num_tokens
+
+
 def test_a_small_disk_is_noticed_before_calibration(
     source: Bundle, tmp_path: Path, questions_of: QuestionsOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,7 +94,7 @@ def command(
         if calibration is None and chosen == "int4":
             hint = f'give --calibration pictures with questions, or "{_WITHOUT}" to round to nearest'
             raise UsageError("int4 chooses its scales by what the model sees", where="--calibration", hint=hint)
-        samples = None if calibration in (None, _WITHOUT) else calibration_samples(Path(calibration or ""))
+        samples = None if calibration is None or calibration == _WITHOUT else calibration_samples(Path(calibration))
         quantized = quantized_bundle_from_bundle(Bundle.open(bundle), output, options, samples, steps)
     result = _result(quantized, steps)
     click.echo(json.dumps(result) if as_json else _summary(quantized, bundle, result))

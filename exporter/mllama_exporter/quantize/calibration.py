@@ -24,9 +24,16 @@ from mllama_runtime.manifest import Calibration
 from mllama_runtime.preprocessing import ImageTiles, preprocess
 from mllama_runtime.prompt import image_visibility
 from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mllama_exporter.feeds import decoder_inputs, vision_inputs
-from mllama_exporter.observer import branch_values, observed_channels, session_from_model
+from mllama_exporter.observer import (
+    FIRST_ROW,
+    branch_values,
+    observed_channels,
+    session_from_model,
+    use_every_answer_row,
+)
 from mllama_exporter.quantize.layers import Group
 from mllama_exporter.quantize.scheme import FloatArray
 
@@ -166,11 +173,14 @@ class _Run:
             answer = self.engine.generate_batch([request])[0].token_ids
         except RequestError as error:
             raise error_of_question(error, sample) from error
-        token_ids, model = (*prompt.token_ids, *answer), self.bundle.manifest.model
+        # The last token is never fed back, so that no logits come from it.
+        token_ids, model = (*prompt.token_ids, *answer[:-1]), self.bundle.manifest.model
         tiles = [preprocess(load_image(each), self.engine.preprocessor) for each in prompt.images]  # type: ignore[arg-type]
         cross = [self._run("vision", vision_inputs(each)) for each in tiles]
         visibility = image_visibility(token_ids, model.image_token_id, [each.num_tiles for each in tiles])
-        self._run("decoder", decoder_inputs(model, token_ids, visibility, tiles, cross), has_image=bool(tiles))
+        inputs = decoder_inputs(model, token_ids, visibility, tiles, cross)
+        inputs[FIRST_ROW] = np.array([len(prompt.token_ids) - 1])
+        self._run("decoder", inputs, has_image=bool(tiles))
         self._count(token_ids, tiles)
 
     def record(self, num_samples: int) -> Calibration:
@@ -197,9 +207,12 @@ class _ObservedGraph:
         spec = bundle.manifest.graphs["vision_ort" if key == "vision" else "decoder_ort"]
         model = ir.load(bundle.path(spec.file))
         self._behind_pictures = branch_values(model.graph)
-        self._names = [str(output.name) for output in model.graph.outputs]
+        self._names = [str(output.name) for output in model.graph.outputs] if key == "vision" else []
+        if key == "decoder":
+            use_every_answer_row(model.graph)
         observed, outputs = observed_channels(model, {group.activation: group.width for group in groups})
         self._outputs = {group: outputs[group.activation] for group in groups}
+        RemoveUnusedNodesPass()(observed)  # the language head, of which only the input is looked at
         self._session = session_from_model(observed, bundle.root)
 
     def run(

@@ -6,7 +6,7 @@ before it: the graph gets no new operation.
 
 - int8: SmoothQuant (https://arxiv.org/abs/2211.10438): activations' outliers move to the weights. How far is searched
   for each group, by the rounding error of the product, instead of halfway everywhere: the inputs of down projections
-  reach a hundred times their mean square, those of the others five times.
+  reach a hundred times their root mean square, those of the others five times.
 - int4: activation-aware scaling (AWQ, https://arxiv.org/abs/2306.00978): columns with large inputs get a finer grid.
   How much finer is searched likewise, on the measured mean squares of the inputs.
 - fp8 and int8-weight: none; a floating grid does not mind outliers, and eight bits for a row's weights are enough.

@@ -156,7 +156,7 @@ def write_quantized_weights(
     first = min(info.offset_bytes for info in reader.file.tensors.values())
     read, written = _InOrder(), _InOrder()
     with path.open("wb", buffering=0) as file:
-        file.write(header)
+        write_at(file.fileno(), header, 0)
         read.add(0, reader.read(0, first))
         written.add(0, np.frombuffer(header, np.uint8))
         work = _Work(reader, plan, {target.name: target for target in targets}, file.fileno())
