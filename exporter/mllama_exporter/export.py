@@ -111,6 +111,11 @@ def _weight_plan(graphs: dict[GraphKey, ir.Model], config: ModelConfig, options:
     return [WeightSpec(name, shapes[name], dtype) for name in names]
 
 
+def tool_versions(names: Sequence[str]) -> dict[str, str]:
+    """Of this project and of the packages that a bundle was made with, for its manifest."""
+    return {"mllama-deploy": __version__, **{name: importlib.metadata.version(name) for name in names}}
+
+
 def saved_graphs(
     graphs: Mapping[GraphKey, ir.Model], writer: BundleWriter, config: ModelConfig
 ) -> dict[GraphKey, GraphSpec]:
@@ -162,7 +167,7 @@ def _manifest(
         precision=options.precision,
         graphs=specs,
         files={},
-        tools={"mllama-deploy": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+        tools=tool_versions(_TOOLS),
         source=Source(
             fingerprint=checkpoint.fingerprint(),
             format="hf",

@@ -6,6 +6,16 @@ import numpy as np
 import onnx_ir as ir
 from mllama_runtime.tensorfile import TensorInfo
 
+IR_DTYPES = {
+    "F32": ir.DataType.FLOAT,
+    "F16": ir.DataType.FLOAT16,
+    "BF16": ir.DataType.BFLOAT16,
+    "I8": ir.DataType.INT8,
+    "I4": ir.DataType.INT4,
+    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
+}
+"""ONNX's types by the names that weights files give them; "I4" is our own, for the format has none."""
+
 
 class Builder:
     """Adds nodes with unique names before a given one."""

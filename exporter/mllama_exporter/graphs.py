@@ -21,7 +21,7 @@ from mllama_runtime.tensorfile import TensorFile
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
-from mllama_exporter.graph_edit import point_at
+from mllama_exporter.graph_edit import IR_DTYPES, point_at
 from mllama_exporter.modules import Decoder, VisionEncoder
 from mllama_exporter.modules.text import inverse_frequencies
 
@@ -82,11 +82,8 @@ def weights_attached(model: ir.Model, weights: TensorFile, location: str) -> ir.
     """Point every weight at its bytes in the weights file (ONNX external data), in place; returns the model."""
     for name in weight_names(model):
         tensor = weights.tensors[name]
-        point_at(model.graph.initializers[name], tensor, _IR_DTYPES[tensor.dtype], location)
+        point_at(model.graph.initializers[name], tensor, IR_DTYPES[tensor.dtype], location)
     return model
-
-
-_IR_DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16}
 
 
 def _static(shape: Shape) -> tuple[int, ...]:

@@ -12,20 +12,11 @@ import numpy as np
 import onnx_ir as ir
 from mllama_runtime.tensorfile import TensorFile
 
-from mllama_exporter.graph_edit import point_at
+from mllama_exporter.graph_edit import IR_DTYPES, point_at
 from mllama_exporter.quantize.layers import Group, products_of
 from mllama_exporter.quantize.rounding import SCALE_DTYPES
 from mllama_exporter.quantize.scheme import Scheme
 from mllama_exporter.quantize.weights import scale_name
-
-_DTYPES = {
-    "F32": ir.DataType.FLOAT,
-    "F16": ir.DataType.FLOAT16,
-    "BF16": ir.DataType.BFLOAT16,
-    "I8": ir.DataType.INT8,
-    "I4": ir.DataType.INT4,
-    "F8_E4M3": ir.DataType.FLOAT8E4M3FN,
-}
 
 
 def quantized_graph(
@@ -47,7 +38,7 @@ def quantized_graph(
     graph = model.graph
     for name, value in list(graph.initializers.items()):
         if isinstance(value.const_value, ir.ExternalTensor) and name not in schemes:
-            point_at(value, weights.tensors[name], _DTYPES[weights.tensors[name].dtype], location)
+            point_at(value, weights.tensors[name], IR_DTYPES[weights.tensors[name].dtype], location)
     dequantized: dict[str, ir.Value] = {}
     for name, node in products_of(graph).items():
         if name not in schemes:
@@ -66,10 +57,10 @@ def _dequantize_weight(graph: ir.Graph, name: str, scheme: Scheme, weights: Tens
     weight, stored, scales = graph.initializers[name], weights.tensors[name], weights.tensors[scale_name(name)]
     users = [(use.node, use.idx) for use in weight.uses()]
     scale = ir.Value(name=scale_name(name))
-    point_at(scale, scales, _DTYPES[scales.dtype], location)
+    point_at(scale, scales, IR_DTYPES[scales.dtype], location)
     graph.register_initializer(scale)
     shape = (stored.shape[0], 2 * stored.shape[1]) if scheme.dtype == "I4" else stored.shape
-    point_at(weight, stored, _DTYPES[scheme.dtype], location, shape)
+    point_at(weight, stored, IR_DTYPES[scheme.dtype], location, shape)
     attributes = {"axis": 0} if scheme.block_size is None else {"axis": 1, "block_size": scheme.block_size}
     node = ir.node("DequantizeLinear", [weight, scale], attributes, name=f"{name}_dequantize")
     node.outputs[0].name = f"{name}_dequantized"
@@ -85,7 +76,7 @@ def _quantize_activation(
     dtype = SCALE_DTYPES[weights.tensors[scale_name(weight)].dtype]
     name = str(activation.name)  # type: ignore[union-attr]
     scale_value = _constant(graph, f"{name}_scale", ir.tensor(np.array(scale, dtype)))
-    zero = _constant(graph, f"{name}_zero", ir.tensor(np.zeros((), _DTYPES[scheme.dtype].numpy())))
+    zero = _constant(graph, f"{name}_zero", ir.tensor(np.zeros((), IR_DTYPES[scheme.dtype].numpy())))
     quantize = ir.node("QuantizeLinear", [activation, scale_value, zero], name=f"{name}_quantize")
     dequantize = ir.node("DequantizeLinear", [quantize.outputs[0], scale_value], name=f"{name}_dequantize")
     quantize.outputs[0].name, dequantize.outputs[0].name = f"{name}_quantized", f"{name}_dequantized"

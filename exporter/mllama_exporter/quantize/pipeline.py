@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from typing import cast, get_args
 
 import numpy as np
 import onnx_ir as ir
-from mllama_runtime import __version__
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.bundle_writer import BundleWriter
@@ -27,7 +25,7 @@ from mllama_runtime.manifest import (
 )
 from mllama_runtime.tensorfile import TensorFile, read_header
 
-from mllama_exporter.export import WEIGHTS_NAME, saved_graphs
+from mllama_exporter.export import WEIGHTS_NAME, saved_graphs, tool_versions
 from mllama_exporter.quantize.calibration import ChannelStatistics, measured
 from mllama_exporter.quantize.graphs import quantized_graph
 from mllama_exporter.quantize.layers import Group, groups_of, kept
@@ -39,6 +37,7 @@ from mllama_exporter.quantize.weights import (
     WeightsPlan,
     WeightsReader,
     check_room,
+    scale_name,
     write_quantized_weights,
 )
 
@@ -136,7 +135,7 @@ def quantized_bundle_from_bundle(
                 precision=options.scheme,
                 graphs=specs,
                 files={},
-                tools={"mllama-deploy": __version__, **{name: importlib.metadata.version(name) for name in _TOOLS}},
+                tools=tool_versions(_TOOLS),
                 quantization=quantization,
                 engines=(),
                 validation=None,
@@ -263,7 +262,7 @@ def _activation_scales(
         if not scheme.activations:
             continue
         largest = float((statistics[group].max_abs / smoothing.get(group, 1)).max())
-        dtype = SCALE_DTYPES[stored.tensors[f"{names[0]}_scale"].dtype]
+        dtype = SCALE_DTYPES[stored.tensors[scale_name(names[0])].dtype]
         with np.errstate(over="ignore"):
             scale = float(np.array(largest / scheme.largest).astype(dtype))
         if not (np.isfinite(scale) and scale > 0):

@@ -69,7 +69,7 @@ def _weight_error(scaled: FloatArray, scheme: Scheme, importance: FloatArray, dt
 
 
 def _tamed(raw: NDArray[Any]) -> FloatArray:
-    """Around one, within what a norm's weight can be divided by; one for a channel that is always zero."""
+    """Around one, within what a norm's weight can be divided by; a channel that is always zero counts as one before."""
     scales = np.where(raw > 0, raw, 1).astype(np.float32)
     middle = np.exp(np.log(scales).mean())
     tamed: FloatArray = np.clip(scales / middle, _SMALLEST, _LARGEST).astype(np.float32)
