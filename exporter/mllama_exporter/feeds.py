@@ -35,7 +35,8 @@ def decoder_inputs(
     """A prompt for the decoder graph, on an empty cache.
 
     visibility: bool [seq, real tiles of all pictures]. cross: the vision graph's outputs for each picture. Without
-    pictures the prompt sees none: has_image is false, and the keys and values of one tile are zeros.
+    pictures the prompt sees none: has_image is false, and the keys and values of one tile are zeros (ONNX Runtime's
+    standard Attention refuses to have no row).
     """
     text, seq = model.text, len(token_ids)
     cache = np.zeros((1, text.num_kv_heads, seq, text.head_dim), np.float32)
@@ -49,7 +50,7 @@ def decoder_inputs(
         "input_ids": np.array([token_ids]),
         "write_indices": np.array([0]),
         "kv_lengths": np.array([seq]),
-        "logits_indices": np.array([seq - 1]),
+        "logits_indices": np.array([[seq - 1]]),
         "cross_attention_mask": mask[None],
         "has_image": np.array([bool(tiles)]),
         **past,

@@ -49,8 +49,8 @@ def activation_names(model: ir.Model) -> dict[str, str]:
 def observed(model: ir.Model, names: Sequence[str]) -> tuple[ir.Model, Mapping[str, str]]:
     """A copy with an output of max |x|, a float32 scalar, for each of these tensors; and output name -> tensor name.
 
-    Names the graph does not have are left out, and of every If the then-branch is taken. An infinity comes through;
-    whether a NaN does depends on where it stands, so what looks for NaN looks at the graph's own outputs.
+    Names the graph does not have are left out. An infinity comes through; whether a NaN does depends on where it
+    stands, so what looks for NaN looks at the graph's own outputs.
     """
     outputs: dict[str, str] = {}
     watch = _Watch(model)
@@ -94,12 +94,6 @@ def observed_channels(model: ir.Model, widths: Mapping[str, int]) -> tuple[ir.Mo
     return watch.model, outputs
 
 
-def branch_values(graph: ir.Graph) -> set[str]:
-    """Names of what is computed within the branches of an If: in the decoder, only when a row has a picture."""
-    branches = [node.attributes["then_branch"].as_graph() for node in graph if node.op_type == "If"]
-    return {str(value.name) for branch in branches for node in branch for value in node.outputs}
-
-
 FIRST_ROW = "first_row"
 """An input [1] of a decoder that `use_every_answer_row` has changed."""
 
@@ -121,11 +115,10 @@ def use_every_answer_row(graph: ir.Graph) -> None:
 
 
 class _Watch:
-    """A copy of a graph with branches taken, to which outputs are added; `values` are its tensors by name."""
+    """A copy of a graph, to which outputs are added; `values` are its tensors by name."""
 
     def __init__(self, model: ir.Model) -> None:
         self.model = model.clone()
-        _take_branches(self.model.graph)
         self.values = {value.name: value for node in self.model.graph for value in node.outputs}
 
     def add(self, name: str, op_type: str, *inputs: ir.Value, **attributes: int) -> ir.Value:
@@ -144,18 +137,6 @@ class _Watch:
         value.type, value.shape = ir.TensorType(dtype), ir.Shape(shape)
         self.model.graph.outputs.append(value)
         return str(value.name)
-
-
-def _take_branches(graph: ir.Graph) -> None:
-    """Put the then-branch of every If in its place: what stands in a branch cannot be an output."""
-    for node in [node for node in graph if node.op_type == "If"]:
-        branch = node.attributes["then_branch"].as_graph()
-        nodes, result = list(branch), branch.outputs[0]
-        branch.outputs.clear()
-        branch.remove(nodes)
-        graph.insert_before(node, nodes)
-        ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
 
 
 def session_from_model(model: ir.Model, folder: Path) -> ort.InferenceSession:

@@ -8,8 +8,7 @@ Rewrites, each for a measured reason (design: the graphs):
 - scatter + self-attention becomes GroupQueryAttention over the same cache buffers: the standard operator computes over
   the whole cache axis whatever the lengths say;
 - cross-attention becomes two matrix products that fold a key/value head's query heads into the row axis: the standard
-  operator expands the key/value heads first;
-- a cross-attention layer is run only if some row of the batch has a picture: text alone need not read its weights.
+  operator expands the key/value heads first.
 
 GroupQueryAttention takes several new tokens on top of a past at batch 1 only, so prefill goes row by row.
 Operator: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -23,7 +22,7 @@ from mllama_runtime.config import ModelConfig
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mllama_exporter.graph_edit import Builder, producer_of, replace
-from mllama_exporter.ort_kernels import PRODUCTS, use_quantized_kernels
+from mllama_exporter.ort_kernels import use_quantized_kernels
 
 _CONTRIB = "com.microsoft"
 _LOW_PRECISION = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -42,7 +41,6 @@ def ort_graph_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model:
         if config.text.head_dim % _HEAD_MULTIPLE == 0:  # otherwise the standard operators stay
             _use_group_query_attention(model.graph, cached, config)
         _use_matrix_products(model.graph, [node for node in attentions if node not in cached], config)
-        _skip_without_pictures(model.graph, config)
         RemoveUnusedNodesPass()(model)  # the mask over the cache
     if any(node.domain == _CONTRIB for node in model.graph):
         model.opset_imports[_CONTRIB] = 1
@@ -113,92 +111,39 @@ def _use_group_query_attention(graph: ir.Graph, attentions: list[ir.Node], confi
 
 
 def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: ModelConfig) -> None:
-    """Cross-attention: B batch, H query heads, G key/value heads, S new tokens, R = T*P rows, D head_dim."""
+    """Cross-attention: N rows, H query heads, G key/value heads, S new tokens, R = T*P patches, D head_dim.
+
+    Every shape is told in full: with no rows there is nothing to infer a size from.
+    """
     text = config.text
     group = text.num_heads // text.num_kv_heads
     shared = Builder(graph, attentions[0], "cross_attention")
-    mask = attentions[0].inputs[3]  # bool [B, 1, S, R]
+    mask = attentions[0].inputs[3]  # bool [N, 1, S, R]
     zero, lowest = shared.constant(np.array(0, np.float32)), shared.constant(np.array(_LOWEST, np.float32))
     bias = shared.add("Where", [mask, zero, lowest])
-    bias = shared.add("Unsqueeze", [bias, shared.constant(np.array([2], np.int64))])  # [B, 1, 1, S, R]
-    folded = shared.constant(np.array([0, text.num_kv_heads, -1, text.head_dim], np.int64))
-    unfolded = shared.constant(np.array([0, text.num_heads, -1, text.head_dim], np.int64))
+    bias = shared.add("Unsqueeze", [bias, shared.constant(np.array([2], np.int64))])  # [N, 1, 1, S, R]
+    rows = shared.add("Shape", [mask], {"start": 0, "end": 1})
+    tokens = shared.add("Shape", [mask], {"start": 2, "end": 3})
+    patches = shared.add("Shape", [mask], {"start": 3})
+    folded_tokens = shared.add("Mul", [tokens, shared.constant(np.array([group], np.int64))])
+    kv_heads, heads, width, groups = (
+        shared.constant(np.array([size], np.int64))
+        for size in (text.num_kv_heads, text.num_heads, text.head_dim, group)
+    )
+    folded = shared.add("Concat", [rows, kv_heads, folded_tokens, width], {"axis": 0})
+    unfolded = shared.add("Concat", [rows, heads, tokens, width], {"axis": 0})
+    split = shared.add("Concat", [rows, kv_heads, groups, tokens, patches], {"axis": 0})
+    joined = shared.add("Concat", [rows, kv_heads, folded_tokens, patches], {"axis": 0})
 
     for index, attention in enumerate(attentions):
         build = Builder(graph, attention, f"cross_attention_{index}")
         query, key, value = attention.inputs[:3]
-        query = build.add("Reshape", [query, folded])  # [B, G, H/G*S, D]
+        query = build.add("Reshape", [query, folded])  # [N, G, H/G*S, D]
         attributes: dict[str, int | float | list[int]] = {"transB": 1, "alpha": text.head_dim**-0.5}
-        scores = build.add("FusedMatMul", [query, key], attributes, domain=_CONTRIB)  # [B, G, H/G*S, R]
-        flat_shape = build.add("Shape", [scores])
-        tokens = build.add("Shape", [mask], {"start": 2})  # [S, R]
-        heads = build.constant(np.array([0, text.num_kv_heads, group], np.int64))
-        scores = build.add("Reshape", [scores, build.add("Concat", [heads, tokens], {"axis": 0})])
-        weights = build.add("Softmax", [build.add("Add", [scores, bias])], {"axis": -1})  # [B, G, H/G, S, R]
-        weights = build.add("Reshape", [weights, flat_shape])
-        attended = build.add("Reshape", [build.add("MatMul", [weights, value]), unfolded])  # [B, H, S, D]
+        scores = build.add("FusedMatMul", [query, key], attributes, domain=_CONTRIB)  # [N, G, H/G*S, R]
+        scores = build.add("Reshape", [scores, split])
+        weights = build.add("Softmax", [build.add("Add", [scores, bias])], {"axis": -1})  # [N, G, H/G, S, R]
+        weights = build.add("Reshape", [weights, joined])
+        attended = build.add("Reshape", [build.add("MatMul", [weights, value]), unfolded])  # [N, H, S, D]
         replace(attention.outputs[0], attended)
         graph.remove(attention, safe=True)
-
-
-def _skip_without_pictures(graph: ir.Graph, config: ModelConfig) -> None:
-    """Put every cross-attention layer into the branch of an If, whose other branch passes the residual through."""
-    has_image = next(value for value in graph.inputs if value.name == "has_image")
-    shared = Builder(graph, graph[0], "has_image")
-    as_number = shared.add("Cast", [has_image], {"to": ir.DataType.INT32})
-    any_image = shared.add("ReduceMax", [as_number], {"keepdims": 0})
-    any_image = shared.add("Cast", [any_image], {"to": ir.DataType.BOOL})
-    for layer in config.text.cross_attention_layers:
-        prefix = f"language_model.model.layers.{layer}."
-        residual = _user(graph, f"{prefix}input_layernorm.weight", "RMSNormalization").inputs[0]
-        last = _user(graph, f"{prefix}mlp.down_proj.weight", *PRODUCTS)
-        while last.op_type != "Add":  # gate, selection, residual
-            last = next(use.node for use in last.outputs[0].uses())
-        if residual is None:
-            raise RuntimeError(f"layer {layer} has no input")
-        nodes = _between(graph, residual, last)
-        order, result = list(graph), last.outputs[0]
-        before = order[order.index(last) + 1]
-        users = [(use.node, use.idx) for use in result.uses()]
-        graph.remove(nodes)
-        passed = ir.node("Identity", [residual], name=f"skip_{layer}")
-        passed.outputs[0].name = f"skip_{layer}_output"
-        choice = ir.node(
-            "If",
-            [any_image],
-            {
-                "then_branch": ir.Graph([], [result], nodes=nodes, name=f"layer_{layer}"),
-                "else_branch": ir.Graph([], passed.outputs, nodes=[passed], name=f"without_layer_{layer}"),
-            },
-            name=f"if_any_image_{layer}",
-        )
-        choice.outputs[0].name = f"layer_{layer}_output"
-        graph.insert_before(before, choice)
-        for node, index in users:
-            node.replace_input_with(index, choice.outputs[0])
-
-
-def _user(graph: ir.Graph, weight: str, *op_types: str) -> ir.Node:
-    """The node of those types that a weight reaches, through casts, transposes and the like if they are there."""
-    value = graph.initializers[weight]
-    while (node := next(use.node for use in value.uses())).op_type not in op_types:
-        value = node.outputs[0]
-    return node
-
-
-def _between(graph: ir.Graph, start: ir.Value, end: ir.Node) -> list[ir.Node]:
-    """The nodes, in order, that depend on `start` and that `end` depends on; `end` included."""
-    needed, pending = set(), [end]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += [p for v in node.inputs if v is not None and v is not start and (p := v.producer())]
-    depends = {start}
-    nodes = []
-    for node in graph:
-        if any(value in depends for value in node.inputs):
-            depends.update(node.outputs)
-            if node in needed:
-                nodes.append(node)
-    return nodes

@@ -18,9 +18,6 @@ import onnx_ir as ir
 from mllama_exporter.graph_edit import Builder, producer_of, replace
 
 _CONTRIB = "com.microsoft"
-PRODUCTS = ("MatMul", "MatMulNBits", "MatMulInteger")
-"""What a matrix may be multiplied by in a twin."""
-
 # MatMulNBits may round a block of activations to eight bits too (level 4), which its fast kernels do; computing in
 # float32 instead (level 0) takes twice as long for four-bit weights and twenty times for eight (measured: README).
 _ACCURACY_LEVEL = 4

@@ -25,21 +25,25 @@ def vision_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
 
 
 def decoder_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
-    """Inputs and outputs of `decoder.onnx`, in order."""
+    """Inputs and outputs of `decoder.onnx`, in order.
+
+    The first cross_rows rows of the batch may have pictures; the others are text, and cost the cross-attention layers
+    nothing.
+    """
     text = config.text
     cache: Shape = ("batch", text.num_kv_heads, "cache_len", text.head_dim)
-    cross: Shape = ("batch", text.num_kv_heads, f"{config.vision.num_patches}*num_tiles", text.head_dim)
+    cross: Shape = ("cross_rows", text.num_kv_heads, f"{config.vision.num_patches}*num_tiles", text.head_dim)
     inputs: Shapes = {
         "input_ids": ("batch", "seq"),
         "write_indices": ("batch",),
         "kv_lengths": ("batch",),
-        "logits_indices": ("batch",),
+        "logits_indices": ("batch", "num_logits"),
         "cross_attention_mask": ("batch", "seq", "num_tiles"),
         "has_image": ("batch",),
     }
     inputs |= dict.fromkeys(_key_value_names("past", text.self_attention_layers), cache)
     inputs |= dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), cross)
-    outputs: Shapes = {"logits": ("batch", text.vocab_size)}
+    outputs: Shapes = {"logits": ("batch", "num_logits", text.vocab_size)}
     outputs |= dict.fromkeys(_key_value_names("present", text.self_attention_layers), cache)
     return inputs, outputs
 

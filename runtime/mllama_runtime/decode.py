@@ -111,7 +111,7 @@ def prefill(slots: Slots, slot: int, row: Row, mask_semantics: MaskSemantics) ->
             row.features,
             with_padding_tiles=start < num_before,
         )
-    return logits
+    return logits[-1]
 
 
 def decode(slots: Slots, rows: Sequence[Row]) -> Iterator[TokenEvent]:

@@ -13,7 +13,7 @@ from mllama_runtime.manifest import GraphSpec
 
 pytest.importorskip("polygraphy")
 
-SIZES = {"batch": 2, "seq": 3, "num_tiles": 1, "cache_len": 16, "images": 1}
+SIZES = {"batch": 2, "cross_rows": 2, "num_logits": 1, "seq": 3, "num_tiles": 1, "cache_len": 16, "images": 1}
 # Three new tokens at the start of each row; random numbers would be positions that are not there.
 RANGES = ("kv_lengths:[3,3]", "write_indices:[0,0]", "logits_indices:[2,2]")
 

@@ -54,3 +54,26 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) ->
     """
     attrs: Attributes = {"scale": query.shape[-1] ** -0.5}
     return _node("Attention", [query, key, value, mask], attrs, like=query, version=24)
+
+
+def first_rows(x: Tensor, like: Tensor) -> Tensor:
+    """The first N rows of x [B, ...], where like [N, ...] has at most as many -> [N, ...]."""
+    count = _num_rows(like)
+    start = torch.zeros(1, dtype=torch.int64)
+    return _slice(x, start, count, (like.shape[0], *x.shape[1:]))
+
+
+def with_first_rows(x: Tensor, first: Tensor) -> Tensor:
+    """x [B, ...] with its first N rows replaced by first [N, ...] -> [B, ...]."""
+    end = torch.full((1,), torch.iinfo(torch.int64).max)
+    rest = _slice(x, _num_rows(first), end, (x.shape[0] - first.shape[0], *x.shape[1:]))
+    return torch.onnx.ops.symbolic("Concat", [first, rest], {"axis": 0}, dtype=x.dtype, shape=x.shape, version=24)
+
+
+def _num_rows(x: Tensor) -> Tensor:
+    return torch.onnx.ops.symbolic("Shape", [x], {"start": 0, "end": 1}, dtype=torch.int64, shape=(1,), version=24)
+
+
+def _slice(x: Tensor, start: Tensor, end: Tensor, shape: Sequence[int | torch.SymInt]) -> Tensor:
+    axes = torch.zeros(1, dtype=torch.int64)
+    return torch.onnx.ops.symbolic("Slice", [x, start, end, axes], dtype=x.dtype, shape=shape, version=24)

@@ -4,8 +4,8 @@ One graph serves prefill, chunked prefill and decode. Reference for the behaviou
 and Meta's llama-models (`meta`), which differ for tokens that see no tile: hf drops only the MLP branch of a
 cross-attention layer there, meta drops both branches.
 
-Dimensions: B batch, S new tokens, H query heads, G key/value heads, D head_dim, C cache length, T tiles, P num_patches,
-E hidden size.
+Dimensions: B batch, N rows of the batch that may have a picture, S new tokens, L logits of a row, H query heads, G
+key/value heads, D head_dim, C cache length, T tiles, P num_patches, E hidden size.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from mllama_exporter.modules.operators import (
     RMSNorm,
+    first_rows,
     masked_attention,
     rotary_embedding,
     tensor_scatter,
+    with_first_rows,
 )
 
 
@@ -106,9 +108,9 @@ class CrossAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-        """x [B, S, E], key and value [B, G, T*P, D], mask bool [B, 1, S, T*P] -> [B, S, E]."""
+        """x [N, S, E], key and value [N, G, T*P, D], mask bool [N, 1, S, T*P] -> [N, S, E]."""
         query = self.q_proj(x).view(x.shape[0], x.shape[1], self.num_heads, self.head_dim).transpose(1, 2)
-        attended = masked_attention(self.q_norm(query), key, value, mask)  # [B, H, S, D]
+        attended = masked_attention(self.q_norm(query), key, value, mask)  # [N, H, S, D]
         return self.o_proj(attended.transpose(1, 2).reshape(x.shape))  # type: ignore[no-any-return]
 
 
@@ -122,7 +124,7 @@ class CrossAttentionLayer(nn.Module):
         self.cross_attn_mlp_gate = nn.Parameter(torch.empty(1))
 
     def forward(self, x: Tensor, key: Tensor, value: Tensor, mask: Tensor, keep: tuple[Tensor, Tensor]) -> Tensor:
-        """keep: which tokens take the attention branch and which the MLP branch, 2 x bool [B, S, 1].
+        """x [N, S, E]; keep: which tokens take the attention branch and which the MLP branch, 2 x bool [N, S, 1].
 
         A branch that is not taken is selected away, not multiplied by zero: a text-only row's keys and values may hold
         anything, NaN included.
@@ -176,16 +178,16 @@ class Decoder(nn.Module):
         past: list[Tensor],
         cross: list[Tensor],
     ) -> list[Tensor]:
-        """Logits [B, vocab] float32, then key and value cache of every self-attention layer in turn.
+        """Logits [B, L, vocab] float32, then key and value cache of every self-attention layer in turn.
 
-        input_ids [B, S], write_indices, kv_lengths, logits_indices [B], cross_attention_mask bool [B, S, T],
+        input_ids [B, S], write_indices, kv_lengths [B], logits_indices [B, L], cross_attention_mask bool [B, S, T],
         has_image bool [B]; past: key and value of each self-attention layer, [B, G, C, D]; cross: key and value of each
-        cross-attention layer, [B, G, T*P, D].
+        cross-attention layer, [N, G, T*P, D]. Rows from N on have no picture, so with N = 0 those layers cost nothing.
         """
         x = self.language_model.model.embed_tokens(input_ids)  # [B, S, E]
         rope = self._rope(input_ids, write_indices, x.dtype)
         step = write_indices, self._self_attention_mask(kv_lengths, input_ids.shape[1], past[0].shape[2])
-        mask, keep = self._cross_attention_mask(cross_attention_mask, has_image)
+        mask, keep = self._cross_attention_mask(cross_attention_mask, has_image, cross[0])
         self_caches, cross_caches = (
             iter(zip(past[::2], past[1::2], strict=True)),
             iter(zip(cross[::2], cross[1::2], strict=True)),
@@ -193,11 +195,12 @@ class Decoder(nn.Module):
         present: list[Tensor] = []
         for layer in self.language_model.model.layers:
             if isinstance(layer, CrossAttentionLayer):
-                x = layer(x, *next(cross_caches), mask, keep)
+                seeing = layer(first_rows(x, cross[0]), *next(cross_caches), mask, keep)  # [N, S, E]
+                x = with_first_rows(x, seeing)
             else:
                 x, key, value = layer(x, rope, next(self_caches), step)
                 present += [key, value]
-        last = x[torch.arange(x.shape[0]), logits_indices]  # [B, E]
+        last = x[torch.arange(x.shape[0])[:, None], logits_indices]  # [B, L, E]
         logits = self.language_model.lm_head(self.language_model.model.norm(last)).float()
         return [logits, *present]
 
@@ -213,14 +216,18 @@ class Decoder(nn.Module):
         # Axes come before the comparison: TensorRT-RTX 1.7.1 fails on a boolean Unsqueeze here at batch 1.
         return torch.arange(cache_len) <= own[:, None, :, None]
 
-    def _cross_attention_mask(self, tiles: Tensor, has_image: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Patches each token attends to [B, 1, S, T*P], and the tokens that take each branch, 2 x [B, S, 1].
+    def _cross_attention_mask(
+        self, tiles: Tensor, has_image: Tensor, cross: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Patches each token attends to [N, 1, S, T*P], and the tokens that take each branch, 2 x [N, S, 1].
 
         A token that sees no tile attends to all of them, as in the reference, whose mask row becomes zeros.
         """
-        sees_any = tiles.any(dim=-1, keepdim=True)  # [B, S, 1]
+        # Reduced before it is cut: ONNX Runtime keeps a reduced axis as it was where there are no rows.
+        sees_any = first_rows(tiles.any(dim=-1, keepdim=True), cross)  # [N, S, 1]
+        tiles, has_image = first_rows(tiles, cross), first_rows(has_image, cross)
         num_patches = self.config.vision.num_patches
-        patches = (tiles | ~sees_any).unsqueeze(-1).expand(-1, -1, -1, num_patches).flatten(2)  # [B, S, T*P]
+        patches = (tiles | ~sees_any).unsqueeze(-1).expand(-1, -1, -1, num_patches).flatten(2)  # [N, S, T*P]
         in_image_row = has_image[:, None, None].expand_as(sees_any)
         sees_in_image_row = sees_any & in_image_row
         attention = in_image_row if self.mask_semantics == "hf" else sees_in_image_row

@@ -29,7 +29,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from mllama_exporter.feeds import decoder_inputs, vision_inputs
 from mllama_exporter.observer import (
     FIRST_ROW,
-    branch_values,
     observed_channels,
     session_from_model,
     use_every_answer_row,
@@ -206,7 +205,8 @@ class _ObservedGraph:
     def __init__(self, bundle: Bundle, key: str, groups: Sequence[Group]) -> None:
         spec = bundle.manifest.graphs["vision_ort" if key == "vision" else "decoder_ort"]
         model = ir.load(bundle.path(spec.file))
-        self._behind_pictures = branch_values(model.graph)
+        layers = bundle.manifest.model.text.cross_attention_layers
+        self._cross_layers = tuple(f"language_model.model.layers.{layer}." for layer in layers)
         self._names = [str(output.name) for output in model.graph.outputs] if key == "vision" else []
         if key == "decoder":
             use_every_answer_row(model.graph)
@@ -224,7 +224,6 @@ class _ObservedGraph:
         found = {
             group: (results[outputs.max_abs], results[outputs.sum_squares], results[outputs.num_rows].item())
             for group, outputs in self._outputs.items()
-            if has_image
-            or group.activation not in self._behind_pictures  # text alone does not go there: what is there is noise
+            if has_image or not group.members[0].startswith(self._cross_layers)  # text alone does not go there
         }
         return {name: results[name] for name in self._names}, found

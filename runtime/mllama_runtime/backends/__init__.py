@@ -45,8 +45,9 @@ class Slots(Protocol):
         features: Sequence[Features],
         *,
         with_padding_tiles: bool,
+        num_logits: int = 1,
     ) -> NDArray[np.float32]:
-        """Append tokens [seq] from `position` on to a slot; returns the last token's logits [vocab].
+        """Append tokens [seq] from `position` on to a slot; returns the last tokens' logits [num_logits, vocab].
 
         visibility: bool [seq, tiles of all pictures], which tiles each token sees. features: the slot's pictures, the
         same at every call. with_padding_tiles: the tokens precede every picture and, in hf semantics, attend to all

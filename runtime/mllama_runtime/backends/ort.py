@@ -51,7 +51,7 @@ class OrtBackend:
     name = "cpu"
 
     def __init__(self, bundle: Bundle, num_threads: int | None = None, *, standard: bool = False) -> None:
-        self._bundle, self._suffix = bundle, "" if standard else "_ort"
+        self._bundle, self._suffix, self._standard = bundle, "" if standard else "_ort", standard
         self._num_threads = len(os.sched_getaffinity(0)) if num_threads is None else num_threads
         if not 1 <= self._num_threads <= _MAX_THREADS:
             expected = f"1 to {_MAX_THREADS}"
@@ -84,7 +84,8 @@ class OrtBackend:
     def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> OrtSlots:
         model = self._bundle.manifest.model
         with _memory_faults(f"not enough memory for the key/value cache of {num_slots} rows of {cache_len} tokens"):
-            return OrtSlots(_opened(self._decoder), model, num_slots, cache_len, num_tiles)
+            session = _opened(self._decoder)
+            return OrtSlots(session, model, num_slots, cache_len, num_tiles, skips_text=not self._standard)
 
     def _session(self, graph: Literal["vision", "decoder"]) -> ort.InferenceSession:
         options = session_options(log_severity_level=_LOG_FATAL_ONLY)
@@ -122,8 +123,16 @@ class OrtSlots:
     """Caches of N slots as numpy arrays; the decoder reads and writes views of them."""
 
     def __init__(
-        self, session: ort.InferenceSession, model: ModelConfig, num_slots: int, cache_len: int, num_tiles: int
+        self,
+        session: ort.InferenceSession,
+        model: ModelConfig,
+        num_slots: int,
+        cache_len: int,
+        num_tiles: int,
+        *,
+        skips_text: bool,
     ) -> None:
+        self._skips_text = skips_text  # the standard Attention refuses a batch of no rows
         text, self._num_patches = model.text, model.vision.num_patches
         self._session, self._num_tiles, self._vocab_size = session, max(1, num_tiles), text.vocab_size
         heads, width = text.num_kv_heads, text.head_dim
@@ -142,7 +151,7 @@ class OrtSlots:
         }
         self._has_image = np.zeros(num_slots, np.bool_)
         self._visibility = np.zeros((num_slots, 1, self._num_tiles), np.bool_)
-        self._decode_step: _Step | None = None
+        self._decode_steps: dict[tuple[int, bool], _Step] = {}
 
     def prefill(
         self,
@@ -153,6 +162,7 @@ class OrtSlots:
         features: Sequence[Features],
         *,
         with_padding_tiles: bool,
+        num_logits: int = 1,
     ) -> NDArray[np.float32]:
         if position == 0:
             self._load(slot, features)
@@ -164,29 +174,42 @@ class OrtSlots:
             num_tiles = next(iter(cross.values())).shape[2] // self._num_patches
             mask = np.zeros((1, len(token_ids), num_tiles), np.bool_)
         else:
-            cross = {name: array[row] for name, array in self._cross.items()}
+            cross = self._cross_of(row)
             mask = np.zeros((1, len(token_ids), self._num_tiles), np.bool_)
             mask[0, :, : visibility.shape[1]] = visibility
             self._visibility[slot, 0] = mask[0, -1]
-        step = _Step(self._session, self._views(row), cross, self._has_image[row], mask, self._vocab_size)
-        logits = step.run(token_ids[None], np.array([position], np.int64))
-        return logits.reshape(-1)
+        step = _Step(self._session, self._views(row), cross, self._has_image[row], mask, (num_logits, self._vocab_size))
+        return step.run(token_ids[None], np.array([position], np.int64))[0]
 
     def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
-        batch = len(token_ids)
-        if self._decode_step is None or self._decode_step.batch != batch:
-            row = slice(0, batch)
-            cross = {name: array[row] for name, array in self._cross.items()}
-            self._decode_step = _Step(
-                self._session, self._views(row), cross, self._has_image[row], self._visibility[row], self._vocab_size
+        row = slice(0, len(token_ids))
+        key = len(token_ids), self._has_cross_rows(row)
+        step = self._decode_steps.get(key)
+        if step is None:
+            step = _Step(
+                self._session,
+                self._views(row),
+                self._cross_of(row),
+                self._has_image[row],
+                self._visibility[row],
+                (1, self._vocab_size),
             )
-        return self._decode_step.run(token_ids[:, None], positions)
+            self._decode_steps[key] = step
+        return step.run(token_ids[:, None], positions)[:, 0]
 
     def cached(self, slot: int, num_tokens: int) -> dict[str, NDArray[np.float32]]:
         return {name: cache[slot : slot + 1, :, :num_tokens].astype(np.float32) for name, cache in self._caches.items()}
 
     def _views(self, row: slice) -> dict[str, Array]:
         return {name: cache[row] for name, cache in self._caches.items()}
+
+    def _cross_of(self, row: slice) -> dict[str, Array]:
+        """The pictures' keys and values of these slots; of no row where none has a picture."""
+        rows = row if self._has_cross_rows(row) else slice(row.start, row.start)
+        return {name: array[rows] for name, array in self._cross.items()}
+
+    def _has_cross_rows(self, row: slice) -> bool:
+        return not self._skips_text or bool(self._has_image[row].any())
 
     def _load(self, slot: int, features: Sequence[Features]) -> None:
         """Write the pictures' keys and values behind one another, without their padding tiles."""
@@ -210,18 +233,18 @@ class _Step:
         cross: Mapping[str, Array],
         has_image: NDArray[np.bool_],
         mask: NDArray[np.bool_],
-        vocab_size: int,
+        logits_shape: tuple[int, int],
     ) -> None:
         self.batch, seq = mask.shape[:2]
         self._session, self._binding = session, session.io_binding()
         self._token_ids = np.zeros((self.batch, seq), np.int64)
         self._write_indices, self._kv_lengths = np.zeros(self.batch, np.int64), np.zeros(self.batch, np.int64)
-        self._logits = np.zeros((self.batch, vocab_size), np.float32)
+        self._logits = np.zeros((self.batch, *logits_shape), np.float32)
         inputs = {
             "input_ids": self._token_ids,
             "write_indices": self._write_indices,
             "kv_lengths": self._kv_lengths,
-            "logits_indices": np.full(self.batch, seq - 1, np.int64),
+            "logits_indices": np.tile(np.arange(seq - logits_shape[0], seq), (self.batch, 1)),
             "cross_attention_mask": np.ascontiguousarray(mask),
             "has_image": np.ascontiguousarray(has_image),
             **cross,
