@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from mllama_runtime.config import ModelConfig
 
+MAX_LOGITS = 16
+"""Tokens of a row whose logits one step of an engine gives at most: a draft of speculative decoding and one more."""
+
 Shape = tuple[int | str, ...]
 Shapes = dict[str, Shape]
 

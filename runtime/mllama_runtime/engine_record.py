@@ -31,7 +31,7 @@ class Limits:
     """The largest step an engine takes.
 
     max_batch: rows of a step, and pictures encoded at once. max_seq_len: entries of a cache row; every cache has this
-    length. prefill_chunk: new tokens of a step. max_tiles: tiles of all pictures of a row.
+    length. prefill_chunk: new tokens of a step. max_tiles: tiles of all pictures of a row, padding tiles included.
     """
 
     max_batch: int
@@ -76,7 +76,7 @@ class ShapeRange:
 class Profile:
     """A range of shapes that kernels were chosen for; its place in the list is TensorRT's index."""
 
-    name: Literal["images", "prefill", "decode"]
+    name: Literal["images", "prefill", "decode", "text_prefill", "text_decode"]
     shapes: Mapping[str, ShapeRange]
 
 

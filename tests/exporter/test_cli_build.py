@@ -71,7 +71,7 @@ def test_a_build_and_what_inspect_shows(folder: Path) -> None:
         "inputs all 18 inputs are used",
     ):
         assert expected.split() in words, shown.stdout
-    assert any("12 attention" in line for line in shown.stdout.splitlines())  # six, for prefill and for decode
+    assert any("20 attention" in line for line in shown.stdout.splitlines())  # six twice, and four twice for text
     assert json.loads(run("inspect", folder, "--json").stdout)["engines"] == [record]
     assert run("verify", folder).exit_code == 0
 

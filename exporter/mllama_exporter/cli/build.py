@@ -60,7 +60,7 @@ _STEPS = {
 @click.option(
     "--max-tiles",
     type=click.IntRange(1, 4096),
-    help="Tiles of all pictures of a conversation.  [default: those of one picture]",
+    help="Tiles of all pictures of a conversation, padding tiles included.  [default: those of one picture]",
 )
 @click.option(
     "--compute-capability",

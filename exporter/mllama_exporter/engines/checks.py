@@ -6,13 +6,14 @@ and each tensor's type are demands on the builder, which fails rather than break
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from mllama_runtime.config import ModelConfig
-from mllama_runtime.engine_record import EngineGraph, Finding
+from mllama_runtime.engine_record import EngineGraph, Finding, Kernel, Profile
 from mllama_runtime.errors import GateError
 
-from mllama_exporter.engines.network import Network, nodes_in, tensors_in, tensors_out
+from mllama_exporter.engines.network import Network, is_cross, nodes_in, tensors_in, tensors_out
 
 
 def findings_from_network(
@@ -57,11 +58,25 @@ def _attention(network: Network, expected: int, low_precision: bool) -> Finding:
         loose = [_name(layer) for layer in network.layers() if layer.type == softmax]
         by = f", and a softmax of its own in {loose[0]}" if loose else ""
         raise _broken(network, f"{len(attentions)} attentions where {expected} are expected{by}")
-    loose = [attention.name for attention in attentions if attention.decomposable]
+    loose = [attention.name for attention in attentions if attention.decomposable and not is_cross(attention)]
     if loose and low_precision:
         raise _broken(network, f"{loose[0]} may be decomposed")
     kind = "decomposed, for FP32 has no kernel of its own" if loose else "each one kernel"
     return Finding("attention", f"{expected} attentions, {kind}")
+
+
+def check_fused(network: Network, kernels: Sequence[Kernel], profiles: Sequence[Profile]) -> None:
+    """Every attention has stayed one kernel in every profile it is in, as far as the kernels' names tell.
+
+    Raises:
+        GateError: fewer than there should be.
+    """
+    found = sum("mha" in kernel.name for kernel in kernels)
+    attentions = list(network.attentions())
+    num_self = sum(not is_cross(attention) for attention in attentions)
+    expected = sum(num_self if profile.name.startswith("text_") else len(attentions) for profile in profiles)
+    if 0 < found < expected:
+        raise _broken(network, f"{expected - found} attentions of {expected}, in all profiles, are decomposed")
 
 
 def _positions(network: Network) -> Finding:

@@ -47,6 +47,11 @@ class Network:
                 yield layer.attention
 
 
+def is_cross(attention: Any) -> bool:
+    """Whether it reads the keys and values of pictures."""
+    return bool(attention.get_input(2).is_network_input)
+
+
 def tensors_in(layer: Any) -> list[Any]:
     """A layer's inputs that are set."""
     return [tensor for index in range(layer.num_inputs) if (tensor := layer.get_input(index)) is not None]
@@ -64,7 +69,8 @@ def nodes_in(metadata: str) -> tuple[str, ...]:
 def network_from_graph(trt: TensorRT, builder: Any, path: Path, cache_len: int, log: Log) -> Network:
     """Parse a graph of a bundle.
 
-    FP32 attention has no kernel of its own; it is decomposed into products and a softmax.
+    FP32 attention has no kernel of its own; it is decomposed into products and a softmax. Cross-attention may be too,
+    or TensorRT refuses the profiles in which it has no row; `checks` sees to it that it is not in the others.
 
     Raises:
         BundleError: TensorRT cannot take the graph; it names the node.
@@ -80,7 +86,8 @@ def network_from_graph(trt: TensorRT, builder: Any, path: Path, cache_len: int, 
     norms = frozenset(node.name for node in model.graph.node if node.op_type in _NORMS)
     network = Network(path, trt, definition, parser, norms)
     for attention in network.attentions():
-        attention.decomposable = attention.get_input(0).dtype == trt.api.DataType.FLOAT
+        in_float = attention.get_input(0).dtype == trt.api.DataType.FLOAT
+        attention.decomposable = in_float or is_cross(attention)
     return network
 
 

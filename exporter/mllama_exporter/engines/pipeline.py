@@ -23,7 +23,7 @@ from mllama_runtime.engine_record import (
 from mllama_runtime.manifest import EngineEntry, Manifest
 
 from mllama_exporter.engines.builder import engine_from_network
-from mllama_exporter.engines.checks import findings_from_network
+from mllama_exporter.engines.checks import check_fused, findings_from_network
 from mllama_exporter.engines.kernels import kernels_from_log, memory_from_log
 from mllama_exporter.engines.network import network_from_graph
 from mllama_exporter.engines.plan import EngineOptions, inputs_from_options, profiles_from_limits
@@ -106,6 +106,9 @@ def _graph_engine(
             timing_cache=timing_cache,
             progress=lambda done, total: progress(graph, done, total),
         )
+    kernels = kernels_from_log(log.details)
+    if low:
+        check_fused(network, kernels, profiles)
     file = f"{graph}.engine"
     with disk_faults(bundle.root):
         (folder / file).write_bytes(engine)
@@ -124,7 +127,7 @@ def _graph_engine(
                 if not any(expected in text for expected in _EXPECTED_WARNINGS)
             )
         ),
-        kernels=kernels_from_log(log.details),
+        kernels=kernels,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mllama_runtime.backends.private_trt import TensorRT, TensorRTBackend, gpu_compute_capabilities
+from mllama_runtime.contract import MAX_LOGITS
 from mllama_runtime.engine_record import (
     EngineGraph,
     EngineInputs,
@@ -18,7 +19,7 @@ from mllama_runtime.engine_record import (
 from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.manifest import GraphSpec, Manifest
 
-RULES = 1  # count up when the same inputs no longer give the same engine
+RULES = 2  # count up when the same inputs no longer give the same engine
 DEFAULT_MAX_SEQ_LEN = 8192
 
 
@@ -53,6 +54,10 @@ def inputs_from_options(options: EngineOptions, manifest: Manifest, trt: TensorR
             expected=f"at most {model.text.max_seq_len}",
             found=max_seq_len,
         )
+    num_tiles, max_tiles = model.vision.max_num_tiles, options.max_tiles or model.vision.max_num_tiles
+    if max_tiles % num_tiles:
+        expected = f"a multiple of {num_tiles}, the tiles of one picture with its padding"
+        raise UsageError("not whole pictures", where="--max-tiles", expected=expected, found=max_tiles)
     return EngineInputs(
         backend=options.backend,
         version=trt.version,
@@ -63,7 +68,7 @@ def inputs_from_options(options: EngineOptions, manifest: Manifest, trt: TensorR
             max_batch=options.max_batch,
             max_seq_len=max_seq_len,
             prefill_chunk=min(options.prefill_chunk, max_seq_len),
-            max_tiles=options.max_tiles or model.vision.max_num_tiles,
+            max_tiles=max_tiles,
         ),
         strip_weights=options.strip_weights,
         weight_streaming=options.weight_streaming,
@@ -109,17 +114,25 @@ def compute_capability_names(inputs: EngineInputs, trt: TensorRT) -> list[str]:
 
 
 def profiles_from_limits(graph: EngineGraph, spec: GraphSpec, limits: Limits) -> tuple[Profile, ...]:
-    """The optimisation profiles of a graph: one for pictures, or one for chunks of a prompt and one for single tokens.
+    """The optimisation profiles of a graph: one for pictures, or those for a chunk of a prompt and for single tokens.
 
-    A profile of one token alone lets TensorRT choose its matrix-vector kernels; profiles share one copy of the weights.
+    A profile of one token alone lets TensorRT choose its matrix-vector kernels. In the text profiles no row has a
+    picture, so TensorRT leaves the cross-attention layers out. All profiles share one copy of the weights.
     """
     batch, tiles, chunk = limits.max_batch, limits.max_tiles, limits.prefill_chunk
     if graph == "vision":
         return (Profile("images", _ranges(spec, {"images": (1, 1, batch)}, limits)),)
-    cross = {"num_tiles": (1, tiles, tiles)}
+    # Prompts go row by row. The profiles must agree on whether the batch is fixed, though, or TensorRT-RTX lays out packed
+    # weights for each anew, and keeps both.
+    prompt = {"batch": (1, 1, min(2, batch)), "seq": (1, chunk, chunk), "num_logits": (1, 1, min(MAX_LOGITS, chunk))}
+    token = {"batch": (1, batch, batch), "seq": (1, 1, 1), "num_logits": (1, 1, 1)}
+    text = {"cross_rows": (0, 0, 0), "num_tiles": (1, 1, 1)}
+    seen = {"num_tiles": (1, tiles, tiles)}
     return (
-        Profile("prefill", _ranges(spec, {"batch": (1, 1, batch), "seq": (1, chunk, chunk), **cross}, limits)),
-        Profile("decode", _ranges(spec, {"batch": (1, batch, batch), "seq": (1, 1, 1), **cross}, limits)),
+        Profile("prefill", _ranges(spec, {**prompt, **seen, "cross_rows": prompt["batch"]}, limits)),
+        Profile("decode", _ranges(spec, {**token, **seen, "cross_rows": token["batch"]}, limits)),
+        Profile("text_prefill", _ranges(spec, {**prompt, **text}, limits)),
+        Profile("text_decode", _ranges(spec, {**token, **text}, limits)),
     )
 
 

@@ -19,7 +19,7 @@ from mllama_runtime.manifest import DType
 ITEM_BYTES: Mapping[DType, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 
 GraphName = Literal["vision", "decoder", "greedy", "sampler"]
-ProfileName = Literal["images", "prefill", "decode", "rows"]
+ProfileName = Literal["images", "prefill", "decode", "text_prefill", "text_decode", "rows"]
 
 
 @dataclass(frozen=True, slots=True)
