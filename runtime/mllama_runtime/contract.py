@@ -10,6 +10,17 @@ from mllama_runtime.config import ModelConfig
 MAX_LOGITS = 16
 """Tokens of a row whose logits one step of an engine gives at most: a draft of speculative decoding and one more."""
 
+SAMPLER_OPTIONS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""Columns of the sampler graph's `options`, named as in `SamplingParams`."""
+
 Shape = tuple[int | str, ...]
 Shapes = dict[str, Shape]
 

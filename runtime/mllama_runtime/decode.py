@@ -1,11 +1,9 @@
-"""The decode loop: rows of prompts -> prefill, then one token a row and step -> events, until every row is finished.
-
-It knows a back end's slots on one side and, per row, a sampler and a text stream on the other.
-"""
+"""One request while it is answered: its prompt in chunks on one side, the events its caller sees on the other."""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,10 +14,9 @@ from numpy.typing import NDArray
 
 from mllama_runtime.backends import Features, Slots
 from mllama_runtime.config import MaskSemantics
+from mllama_runtime.errors import MllamaError
 from mllama_runtime.sampling import Sampled, Sampler
 from mllama_runtime.streaming import TextStream
-
-PREFILL_CHUNK = 512  # tokens; bounds the memory of a prefill's activations
 
 FinishReason = Literal["stop", "length"]
 
@@ -41,12 +38,14 @@ class TokenEvent:
     finish_reason: FinishReason | None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Row:
     """One request while it is being answered.
 
     token_ids: the prompt [seq]. visibility: bool [seq, tiles], which tiles each token sees. max_new_tokens: what the
-    request asks for, cut to what the context has room for.
+    request asks for, cut to what the context has room for. index: its number among those asked together. events: where
+    its events go. slot, num_asked (tokens that the back end was asked for) and began are the loop's; error is set
+    instead of a finish_reason when the request fails.
     """
 
     token_ids: NDArray[np.int64]
@@ -55,8 +54,15 @@ class Row:
     sampler: Sampler
     text: TextStream
     max_new_tokens: int
+    index: int = 0
+    events: deque[TokenEvent] = field(default_factory=deque)
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: MllamaError | None = None
+    is_over: bool = False
+    slot: int = -1
+    num_asked: int = 0
+    began: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -65,8 +71,13 @@ class Row:
         """Cache positions the row can need; its last token is never fed back."""
         return len(self.token_ids) + self.max_new_tokens - 1
 
-    def accept(self, index: int, sampled: Sampled) -> TokenEvent:
+    def accept(self, sampled: Sampled) -> None:
         """Take the next token and say what it means to the caller."""
+        elapsed = time.perf_counter() - self.began
+        if self.generated:
+            self.decode_seconds = elapsed - self.prefill_seconds
+        else:
+            self.prefill_seconds = elapsed
         self.generated.append(sampled.token_id)
         if sampled.token_id in self.sampler.stop_token_ids:
             self.finish_reason, text = "stop", self.text.flush()
@@ -77,56 +88,45 @@ class Row:
             elif len(self.generated) == self.max_new_tokens:
                 self.finish_reason = "length"
                 text += self.text.flush()
-        return TokenEvent(index, sampled.token_id, text, sampled.logprob, sampled.top_logprobs, self.finish_reason)
+        self.is_over = self.finish_reason is not None
+        self.events.append(
+            TokenEvent(self.index, sampled.token_id, text, sampled.logprob, sampled.top_logprobs, self.finish_reason)
+        )
 
 
-def events_from_rows(slots: Slots, rows: Sequence[Row], mask_semantics: MaskSemantics) -> Iterator[TokenEvent]:
-    """Answer all rows together; row r uses slot r. Events of one row come in order, rows interleave."""
-    for index, row in enumerate(rows):
-        start = time.perf_counter()
-        logits = prefill(slots, index, row, mask_semantics)
-        row.features = ()  # the slot has its own copy, without padding tiles
-        event = row.accept(index, row.sampler.sample(logits))
-        row.prefill_seconds = time.perf_counter() - start
-        yield event
-    while num_rows := max((index + 1 for index, row in enumerate(rows) if row.finish_reason is None), default=0):
-        yield from decode(slots, rows[:num_rows])
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, stop) of a prompt. with_padding_tiles: see `Slots.prefill`."""
+
+    start: int
+    stop: int
+    with_padding_tiles: bool
 
 
-def prefill(slots: Slots, slot: int, row: Row, mask_semantics: MaskSemantics) -> NDArray[np.float32]:
-    """Feed a row's prompt to its slot, in chunks; returns the last token's logits [vocab].
+def chunks_of(row: Row, mask_semantics: MaskSemantics, size: int) -> Iterator[Chunk]:
+    """A prompt in chunks of at most `size` tokens.
 
     In hf semantics the tokens before the first picture attend to every tile of the tower's output, padding tiles too
     (their mask row becomes zeros, see the decoder's module), so they are fed apart, before those tiles are dropped.
     """
     num_tokens, sees_any = len(row.token_ids), row.visibility.any(axis=1)
     num_before = int(sees_any.argmax()) if row.features and mask_semantics == "hf" else 0
-    edges = [*range(0, num_before, PREFILL_CHUNK), *range(num_before, num_tokens, PREFILL_CHUNK), num_tokens]
+    edges = [*range(0, num_before, size), *range(num_before, num_tokens, size), num_tokens]
     for start, stop in pairwise(edges):
+        yield Chunk(start, stop, with_padding_tiles=start < num_before)
+
+
+def prefill(slots: Slots, slot: int, row: Row, mask_semantics: MaskSemantics) -> NDArray[np.float32]:
+    """Feed a row's whole prompt to its slot; returns the last token's logits [vocab]."""
+    logits = np.empty((0, 0), np.float32)
+    for chunk in chunks_of(row, mask_semantics, slots.prefill_chunk):
         logits = slots.prefill(
             slot,
-            row.token_ids[start:stop],
-            start,
-            row.visibility[start:stop],
+            row.token_ids[chunk.start : chunk.stop],
+            chunk.start,
+            row.visibility[chunk.start : chunk.stop],
             row.features,
-            with_padding_tiles=start < num_before,
+            with_padding_tiles=chunk.with_padding_tiles,
         )
-    return logits[-1]
-
-
-def decode(slots: Slots, rows: Sequence[Row]) -> Iterator[TokenEvent]:
-    """One step for all rows. Finished rows between unfinished ones ride along; their result is not looked at."""
-    start = time.perf_counter()
-    token_ids = np.array([row.generated[-1] for row in rows], np.int64)
-    positions = np.array([len(row.token_ids) + len(row.generated) - 1 for row in rows], np.int64)
-    # A row finished by length has no cache position left for its last token; it writes over its own last entry.
-    positions = np.minimum(positions, [row.cache_len - 1 for row in rows])
-    logits = slots.decode(token_ids, positions)
-    events = []
-    for index, row in enumerate(rows):
-        if row.finish_reason is None:
-            events.append(row.accept(index, row.sampler.sample(logits[index])))
-    elapsed = time.perf_counter() - start
-    for event in events:
-        rows[event.row].decode_seconds += elapsed
-    yield from events
+    last: NDArray[np.float32] = logits[-1]
+    return last

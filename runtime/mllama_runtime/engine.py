@@ -18,15 +18,19 @@ import numpy as np
 from mllama_runtime.backends import Backend, Features, backend_from_bundle
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.chat import ChatTemplate, messages_from, tools_from
-from mllama_runtime.decode import FinishReason, Row, TokenEvent, events_from_rows
-from mllama_runtime.errors import BundleError, RequestError, UsageError
+from mllama_runtime.contract import MAX_LOGITS
+from mllama_runtime.decode import FinishReason, Row, TokenEvent
+from mllama_runtime.errors import BundleError, MllamaError, RequestError, UsageError
 from mllama_runtime.fields import load_json, parse
 from mllama_runtime.images import ImageSource, load_image
+from mllama_runtime.loop import Loop, answer
+from mllama_runtime.memory import MemoryPlan
 from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
 from mllama_runtime.prompt import Prompt, image_visibility, prompt_from_messages, prompt_from_text
 from mllama_runtime.sampling import Sampler, SamplingParams
 from mllama_runtime.streaming import TextStream
 from mllama_runtime.tokenizer import Tokenizer, checked_text
+from mllama_runtime.tokens import HostTokens, TokenSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Wall-clock milliseconds. `vision_ms` is 0 when every picture was an `EncodedImage`."""
+    """Wall-clock milliseconds.
+
+    `vision_ms` is 0 when every picture was an `EncodedImage`; on a GPU it is part of `prefill_ms`.
+    """
 
     preprocess_ms: float
     vision_ms: float
@@ -112,7 +119,11 @@ class Engine:
     One engine serves one caller at a time.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, *, speculate: int = 0) -> None:
+        if not 0 <= speculate < MAX_LOGITS:
+            raise UsageError(
+                "not a draft's length", where="speculate", expected=f"0 to {MAX_LOGITS - 1}", found=speculate
+            )
         self.bundle, self.model = bundle, bundle.manifest.model
         self.tokenizer = Tokenizer.from_file(bundle.path("tokenizer.json"))
         self._generation = parse(
@@ -122,7 +133,8 @@ class Engine:
         self.preprocessor = PreprocessorConfig.from_dict(
             _json(bundle, "preprocessor.json"), bundle.path("preprocessor.json")
         )
-        self._backend, self._is_open = backend, False
+        self._backend, self._is_open, self._speculate = backend, False, speculate
+        self._loop: Loop | None = None
 
     @classmethod
     def load(
@@ -132,6 +144,7 @@ class Engine:
         backend: str = "auto",
         num_threads: int | None = None,
         verify: Literal["full", "quick"] = "full",
+        speculate: int = 0,
     ) -> Engine:
         """Open a bundle.
 
@@ -141,6 +154,8 @@ class Engine:
             num_threads: CPU threads; by default all the process may use.
             verify: "full" hashes every file against the manifest before anything is loaded; "quick" compares sizes
                 and headers, for a service that ran `mllama verify` before.
+            speculate: tokens of a draft that is taken from the text so far and checked in one step, while one request
+                runs alone; 0 makes none. The answer is the same; copying answers take fewer steps.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version.
@@ -150,7 +165,7 @@ class Engine:
         if verify not in ("full", "quick"):
             raise UsageError("unknown check", where="verify", expected="full or quick", found=repr(verify))
         opened = Bundle.open(Path(bundle), full=verify == "full")
-        return cls(opened, backend_from_bundle(opened, backend, num_threads))
+        return cls(opened, backend_from_bundle(opened, backend, num_threads), speculate=speculate)
 
     def __enter__(self) -> Self:
         self._backend.__enter__()
@@ -160,7 +175,7 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._is_open = False
+        self._is_open, self._loop = False, None
         self._backend.__exit__(kind, error, trace)
 
     def close(self) -> None:
@@ -171,6 +186,15 @@ class Engine:
     def backend_name(self) -> str:
         """What runs the graphs: "cpu"."""
         return self._backend.name
+
+    def memory(self) -> MemoryPlan:
+        """Every byte the open engine has taken on its device, and of page-locked memory.
+
+        Raises:
+            UsageError: the engine is closed, or its back end takes memory as it goes.
+        """
+        self._require_open()
+        return self._backend.memory()
 
     def generate(self, prompt: str | Sequence[Mapping[str, Any]], **options: Any) -> Generation:
         """Answer one request; the arguments are `Request`'s. Raises RequestError, ImageError, ResourceError."""
@@ -242,7 +266,7 @@ class Engine:
 
     def _stream(self, requests: Sequence[Request]) -> Stream:
         self._require_open()
-        return Stream(self, requests, self._backend)
+        return Stream(self, requests)
 
     def _require_open(self) -> None:
         if not self._is_open:
@@ -262,9 +286,38 @@ class Engine:
         clock.vision_seconds += time.perf_counter() - encoding
         return EncodedImage(features.key, features.num_tiles, features, self)
 
+    def _loop_for(self, rows: Sequence[Row]) -> Loop:
+        """One loop for all requests where the back end's slots are fixed; else one over slots made for these."""
+        if self._loop is not None:
+            return self._loop
+        if limits := self._backend.limits:
+            num_slots, cache_len, num_tiles = limits.max_batch, limits.max_seq_len, limits.max_tiles
+        else:
+            num_slots, cache_len = len(rows), max(row.cache_len for row in rows)
+            num_tiles = max(row.visibility.shape[1] for row in rows)
+        sizes = {"num_slots": num_slots, "cache_len": cache_len, "num_tiles": num_tiles}
+        if self._speculate:
+            tokens: TokenSlots = HostTokens(self._backend.slots(**sizes), num_slots, cache_len)
+        else:
+            tokens = self._backend.tokens(**sizes)
+        loop = Loop(tokens, num_slots, self.bundle.manifest.mask_semantics, speculate=self._speculate)
+        if limits:
+            self._loop = loop
+        return loop
+
+    def _check_pictures(self, prompt: Prompt) -> None:
+        limits, num_tiles = self._backend.limits, self.model.vision.max_num_tiles
+        if limits and len(prompt.images) * num_tiles > limits.max_tiles:
+            expected = f"at most {limits.max_tiles // num_tiles}, which the engine was built for"
+            hint = "build it with a larger --max-tiles"
+            raise RequestError(
+                "too many pictures", where="images", expected=expected, found=len(prompt.images), hint=hint
+            )
+
     def _room(self, prompt: Prompt) -> int:
         """Tokens that the context has room for after the prompt."""
-        limit, num_tokens = self.model.text.max_seq_len, len(prompt.token_ids)
+        limits, num_tokens = self._backend.limits, len(prompt.token_ids)
+        limit = min(self.model.text.max_seq_len, limits.max_seq_len if limits else self.model.text.max_seq_len)
         if num_tokens >= limit:
             raise RequestError(
                 "the prompt is too long",
@@ -279,6 +332,7 @@ class Engine:
         sampling, vocab_size = request.sampling, self.model.text.vocab_size
         num_tiles = [image.num_tiles for image in images]
         return Row(
+            index=index,
             token_ids=np.array(prompt.token_ids, np.int64),
             visibility=image_visibility(prompt.token_ids, self.model.image_token_id, num_tiles),
             features=[image.features for image in images],
@@ -300,11 +354,12 @@ class Stream:
     `generation()` is the answer so far, and the whole answer once the iterator is exhausted.
     """
 
-    def __init__(self, engine: Engine, requests: Sequence[Request], backend: Backend) -> None:
+    def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._engine, self._requests = engine, requests
         self._prompts = [engine.prompt(request) for request in requests]
         for prompt in self._prompts:
-            engine._room(prompt)  # before any picture is encoded
+            engine._check_pictures(prompt)  # both before any picture is encoded
+            engine._room(prompt)
         self._clocks = [_Clock() for _ in requests]
         images = [
             [engine._encode(image, clock) for image in prompt.images]
@@ -315,19 +370,19 @@ class Stream:
             for index, (request, prompt, encoded) in enumerate(zip(requests, self._prompts, images, strict=True))
         ]
         self._logprobs: list[list[tuple[float, tuple[tuple[int, float], ...]]]] = [[] for _ in requests]
-        slots = backend.slots(
-            num_slots=len(self._rows),
-            cache_len=max(row.cache_len for row in self._rows),
-            num_tiles=max(row.visibility.shape[1] for row in self._rows),
-        )
-        self._events = events_from_rows(slots, self._rows, engine.bundle.manifest.mask_semantics)
+        self._loop = engine._loop_for(self._rows)
+        self._events = answer(self._loop, self._rows)
 
     def __iter__(self) -> Iterator[TokenEvent]:
         return self
 
     def __next__(self) -> TokenEvent:
         self._engine._require_open()
-        event = next(self._events)
+        try:
+            event = next(self._events)
+        except MllamaError:
+            self.close()
+            raise
         if event.logprob is not None:
             self._logprobs[event.row].append((event.logprob, event.top_logprobs))
         return event
@@ -340,7 +395,13 @@ class Stream:
 
     def close(self) -> None:
         """Stop generating and free the caches; a second time does nothing."""
+        for row in self._rows:
+            self._loop.cancel(row)
         self._events = iter(())
+
+    def __del__(self) -> None:
+        if hasattr(self, "_loop"):  # a stream that was dropped must not keep its slots
+            self.close()
 
     def generation(self) -> Generation:
         """The first row's answer so far."""

@@ -249,6 +249,7 @@ class Sampler:
         row: the row's number, for error messages.
 
     Attributes:
+        params: what the request asks for.
         seed: the seed in use, also when the request gave none.
         stop_token_ids: the tokens that end this row: the model's own and the request's.
         num_generated: number of tokens chosen so far.
@@ -273,7 +274,7 @@ class Sampler:
         self.seed = secrets.randbits(64) if params.seed is None else params.seed
         self.stop_token_ids = frozenset((*eos_token_ids, *params.stop_token_ids))
         self.num_generated = 0
-        self._params, self._row = params, row
+        self.params, self._row = params, row
         self._bias_ids = np.array(list(bias), dtype=np.int64)
         self._bias = np.array(list(bias.values()), dtype=np.float32)
         self._masked_ids = np.array([i for i in self.stop_token_ids if i < vocab_size], dtype=np.int64)
@@ -296,23 +297,54 @@ class Sampler:
         self._check(logits)
         scores = self.penalised(logits)
         if not np.isfinite(scores.max()):
-            raise RequestError(
-                "no token is left to choose after penalties, logit_bias and min_new_tokens",
-                where=self._where(),
-                hint="relax them, or name fewer stop_token_ids",
-            )
-        if self._params.temperature == 0:
+            raise self.no_token(self.num_generated)
+        if self.params.temperature == 0:
             token_id = int(scores.argmax())
         else:
-            token_ids, log_weights = truncated(scores, self._params)
+            token_ids, log_weights = truncated(scores, self.params)
             noise = gumbel_noise(self.seed, self.num_generated, token_ids)
             token_id = int(token_ids[np.argmax(log_weights + noise)])
         self._seen[token_id] = True
         self._counts[token_id] += 1
         self.num_generated += 1
-        if self._params.logprobs is None:
+        if self.params.logprobs is None:
             return Sampled(token_id)
-        return _with_logprobs(token_id, logits, self._params.logprobs)
+        return with_logprobs(token_id, logits, self.params.logprobs)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is the likeliest one, with nothing added to any logit."""
+        plain = SamplingParams(temperature=0)
+        names = ("temperature", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias")
+        changes = any(getattr(self.params, name) != getattr(plain, name) for name in names)
+        return not changes and self.params.min_new_tokens == 0
+
+    def bias_of_step(self, step: int) -> NDArray[np.float32]:
+        """Steps 3 and 4 as what they add to each logit, minus infinity included: [vocab]."""
+        bias = np.zeros(self._counts.shape, np.float32)
+        bias[self._bias_ids] = self._bias
+        if step < self.params.min_new_tokens:
+            bias[self._masked_ids] = -np.inf
+        return bias
+
+    @property
+    def seen(self) -> NDArray[np.bool_]:
+        """Tokens of the prompt, and of the answer as far as `sample` chose it: [vocab]."""
+        return self._seen
+
+    def no_logits(self, step: int) -> GateError:
+        """What to raise for logits of which the device said only that they cannot be sampled."""
+        hint = "validate the bundle; fp16 overflows on some checkpoints, try bf16 or fp32"
+        what, expected = "the model computed logits that cannot be sampled", "finite numbers"
+        return GateError(what, where=f"row {self._row}, step {step}", expected=expected, hint=hint)
+
+    def no_token(self, step: int) -> RequestError:
+        """What to raise when penalties, bias and min_new_tokens leave no token to choose."""
+        return RequestError(
+            "no token is left to choose after penalties, logit_bias and min_new_tokens",
+            where=f"row {self._row}, step {step}",
+            hint="relax them, or name fewer stop_token_ids",
+        )
 
     def _where(self) -> str:
         return f"row {self._row}, step {self.num_generated}"
@@ -337,7 +369,7 @@ class Sampler:
 
     def penalised(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Steps 1 to 4, on a copy: [vocab] float32."""
-        params, scores = self._params, logits.copy()
+        params, scores = self.params, logits.copy()
         if params.repetition_penalty != 1:
             seen = scores[self._seen]
             penalty = np.float32(params.repetition_penalty)
@@ -351,7 +383,7 @@ class Sampler:
         return scores
 
 
-def _with_logprobs(token_id: int, logits: NDArray[np.float32], num_top: int) -> Sampled:
+def with_logprobs(token_id: int, logits: NDArray[np.float32], num_top: int) -> Sampled:
     weights = logits.astype(np.float64)
     weights -= logits.max()
     log_total = float(logits.max()) + math.log(np.exp(weights, out=weights).sum())

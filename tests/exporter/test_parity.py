@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mllama_runtime import decode as decode_module
-from mllama_runtime.backends.ort import OrtBackend
+from mllama_runtime.backends.ort import OrtBackend, OrtSlots
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.decode import prefill
 from mllama_runtime.preprocessing import ImageTiles, PreprocessorConfig, preprocess
@@ -140,7 +139,7 @@ def test_chunks_and_decode_steps_match_one_forward(
 
     Against float64: on these inputs the reference's own float32 is up to 3.6e-5 away from it, ours 1.4e-5.
     """
-    monkeypatch.setattr(decode_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(OrtSlots, "prefill_chunk", chunk)
     image_token_id = backend._bundle.manifest.model.image_token_id
     images = pictures(backend._bundle.root, case.canvases)
     prompt, answer = token_ids(case, image_token_id), [70, 71, 72, 73]

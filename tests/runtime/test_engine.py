@@ -12,8 +12,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from mllama_runtime import BundleError, Engine, Request, RequestError, ResourceError, SamplingParams, UsageError
-from mllama_runtime import decode as decode_module
-from mllama_runtime.backends.ort import OrtBackend
+from mllama_runtime.backends.ort import OrtBackend, OrtSlots
 from PIL import Image
 
 GREEDY = SamplingParams(max_new_tokens=12)
@@ -65,7 +64,7 @@ def test_the_order_of_a_batch_does_not_matter(engine: Engine) -> None:
 def test_prefill_in_chunks_changes_nothing(engine: Engine, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     requests = eight_requests()
     whole = [answer.token_ids for answer in engine.generate_batch(requests)]
-    monkeypatch.setattr(decode_module, "PREFILL_CHUNK", chunk)
+    monkeypatch.setattr(OrtSlots, "prefill_chunk", chunk)
     assert [answer.token_ids for answer in engine.generate_batch(requests)] == whole
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime.bundle import Bundle
+from mllama_runtime.engine_record import Limits
 from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.preprocessing import ImageTiles
 
+if TYPE_CHECKING:
+    from mllama_runtime.memory import MemoryPlan
+    from mllama_runtime.tokens import TokenSlots
+
+PREFILL_CHUNK = 512  # tokens; bounds the memory of a prefill's activations where no engine's limits do
 BACKENDS = ("auto", "cpu")
 
 
@@ -34,7 +40,12 @@ class Features(Protocol):
 
 
 class Slots(Protocol):
-    """Rows of a static cache: each holds one request's self-attention cache and its pictures' keys and values."""
+    """Rows of a static cache: each holds one request's self-attention cache and its pictures' keys and values.
+
+    prefill_chunk: the most tokens that one prefill takes.
+    """
+
+    prefill_chunk: int
 
     def prefill(
         self,
@@ -68,9 +79,13 @@ class Slots(Protocol):
 
 
 class Backend(Protocol):
-    """A context manager: entering loads the graphs, leaving frees them; leaving twice is fine."""
+    """A context manager: entering loads the graphs, leaving frees them; leaving twice is fine.
+
+    limits: the largest request and the number of slots, where they are fixed; None where slots are made to measure.
+    """
 
     name: str
+    limits: Limits | None
 
     def __enter__(self) -> Self: ...
 
@@ -82,8 +97,19 @@ class Backend(Protocol):
         """Run the vision graph on one picture."""
         ...
 
+    def memory(self) -> MemoryPlan:
+        """Every byte taken, of an entered back end with limits. Raises UsageError where memory is taken as it goes."""
+        ...
+
     def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> Slots:
-        """Fresh slots for up to cache_len tokens and num_tiles tiles each. Raises ResourceError."""
+        """Slots for up to cache_len tokens and num_tiles tiles each; the same ones again where there are limits.
+
+        Raises ResourceError.
+        """
+        ...
+
+    def tokens(self, *, num_slots: int, cache_len: int, num_tiles: int) -> TokenSlots:
+        """Such slots with samplers, wherever this back end samples best."""
         ...
 
 

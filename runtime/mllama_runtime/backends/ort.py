@@ -10,18 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_runtime.backends import Features
+from mllama_runtime.backends import PREFILL_CHUNK, Features
 from mllama_runtime.backends.private_ort import ort, session_options
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.contract import decoder_shapes, vision_shapes
+from mllama_runtime.engine_record import Limits
 from mllama_runtime.errors import BundleError, MllamaError, ResourceError, UsageError
 from mllama_runtime.preprocessing import ImageTiles
+from mllama_runtime.tokens import HostTokens
 
 Array = NDArray[Any]
 _MAX_THREADS = 1024  # ONNX Runtime starts all that it is asked for, and thousands take minutes
@@ -49,6 +51,7 @@ class OrtBackend:
     """
 
     name = "cpu"
+    limits: Limits | None = None
 
     def __init__(self, bundle: Bundle, num_threads: int | None = None, *, standard: bool = False) -> None:
         self._bundle, self._suffix, self._standard = bundle, "" if standard else "_ort", standard
@@ -87,6 +90,14 @@ class OrtBackend:
             session = _opened(self._decoder)
             return OrtSlots(session, model, num_slots, cache_len, num_tiles, skips_text=not self._standard)
 
+    def memory(self) -> NoReturn:
+        hint = "ask an engine on a GPU, or `mllama plan`"
+        raise UsageError("ONNX Runtime on the CPU takes memory as it goes", where=self.name, hint=hint)
+
+    def tokens(self, *, num_slots: int, cache_len: int, num_tiles: int) -> HostTokens:
+        slots = self.slots(num_slots=num_slots, cache_len=cache_len, num_tiles=num_tiles)
+        return HostTokens(slots, num_slots, cache_len)
+
     def _session(self, graph: Literal["vision", "decoder"]) -> ort.InferenceSession:
         options = session_options(log_severity_level=_LOG_FATAL_ONLY)
         options.intra_op_num_threads = self._num_threads
@@ -121,6 +132,8 @@ class OrtBackend:
 
 class OrtSlots:
     """Caches of N slots as numpy arrays; the decoder reads and writes views of them."""
+
+    prefill_chunk = PREFILL_CHUNK
 
     def __init__(
         self,
@@ -179,7 +192,8 @@ class OrtSlots:
             mask[0, :, : visibility.shape[1]] = visibility
             self._visibility[slot, 0] = mask[0, -1]
         step = _Step(self._session, self._views(row), cross, self._has_image[row], mask, (num_logits, self._vocab_size))
-        return step.run(token_ids[None], np.array([position], np.int64))[0]
+        logits: NDArray[np.float32] = step.run(token_ids[None], np.array([position], np.int64))[0]
+        return logits
 
     def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:
         row = slice(0, len(token_ids))

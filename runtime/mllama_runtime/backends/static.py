@@ -1,0 +1,132 @@
+"""A back end whose memory is planned once, when it is entered: static caches, fixed addresses, captured steps.
+
+It runs over any device and programs (`mllama_runtime.device`): TensorRT and ONNX Runtime on a GPU; a double in tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+from mllama_runtime.backends.blocks import Block
+from mllama_runtime.backends.device_tokens import DeviceTokens
+from mllama_runtime.backends.pictures import StaticFeatures
+from mllama_runtime.backends.slots import Loaded, StaticSlots
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.contract import vision_shapes
+from mllama_runtime.device import Device, GraphName, ProgramLoader, Stream
+from mllama_runtime.engine_record import Limits
+from mllama_runtime.errors import ResourceError, UsageError
+from mllama_runtime.memory import MemoryPlan, gigabytes, memory_plan
+from mllama_runtime.preprocessing import ImageTiles
+
+_GRAPHS: tuple[GraphName, ...] = ("vision", "decoder", "greedy", "sampler")
+
+
+class StaticBackend:
+    """Runs a bundle's graphs within the limits they were built for.
+
+    Args:
+        name: for people and results.
+        open_device, load_programs: called when the back end is entered; the stream is where programs will run.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        name: str,
+        limits: Limits,
+        open_device: Callable[[], Device],
+        load_programs: Callable[[Device, Stream], ProgramLoader],
+    ) -> None:
+        self.name, self.limits = name, limits
+        self._bundle, self._open_device, self._load_programs = bundle, open_device, load_programs
+        self._device: Device | None = None
+        self._loaded: Loaded | None = None
+        self._slots: StaticSlots | None = None
+
+    def __enter__(self) -> Self:
+        """Load the programs and allocate everything.
+
+        Raises:
+            EnvironmentFault: there is no device, or it fails.
+            ResourceError: its memory is too small; the plan is told.
+            BundleError: a program cannot be loaded.
+        """
+        self._device = self._open_device()
+        try:
+            self._loaded = self._load(self._device)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        self._slots = StaticSlots(self._loaded, self._bundle.manifest.model, self.limits)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        device, self._device, self._loaded, self._slots = self._device, None, None, None
+        if device is not None:
+            device.close()
+
+    def _load(self, device: Device) -> Loaded:
+        compute, copies = device.stream(), device.stream()
+        load = self._load_programs(device, compute)
+        programs = {graph: load(graph) for graph in _GRAPHS}
+        dtypes = programs["vision"].dtypes
+        output = next(iter(vision_shapes(self._bundle.manifest.model)[1]))
+        plan = memory_plan(
+            self._bundle.manifest.model,
+            self.limits,
+            cache_dtype=dtypes[output],
+            weights_bytes=sum(program.weights_bytes for program in programs.values()),
+            workspace_bytes=max(program.workspace_bytes for program in programs.values()),
+        )
+        free, total = device.memory()
+        if plan.device_bytes - plan.weights_bytes > free:
+            raise ResourceError(
+                "not enough device memory",
+                where=device.name,
+                expected=str(plan),
+                found=f"{gigabytes(total)}, {gigabytes(free + plan.weights_bytes)} of them free before loading",
+                hint="build with a smaller --max-batch or --max-seq-len, or in a smaller precision",
+            )
+        blocks = {region.name: Block(device, region) for region in plan.regions}
+        return Loaded(device, compute, copies, programs, blocks, device.allocate(plan.workspace_bytes), plan)
+
+    def memory(self) -> MemoryPlan:
+        """Every byte this back end has taken."""
+        return self._opened().loaded.plan
+
+    def encode(self, tiles: ImageTiles) -> StaticFeatures:
+        """A handle; the vision graph runs when a prompt first needs the picture."""
+        return StaticFeatures(tiles.key, tiles.num_tiles, tiles, self._opened().picture_arrays)
+
+    def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> StaticSlots:
+        """The slots of this back end, of which there is one set.
+
+        Raises:
+            ResourceError: more than it was built for.
+        """
+        limits = self.limits
+        for what, asked, limit in (
+            ("slots", num_slots, limits.max_batch),
+            ("tokens", cache_len, limits.max_seq_len),
+            ("tiles", num_tiles, limits.max_tiles),
+        ):
+            if asked > limit:
+                hint = "build an engine with larger limits (`mllama build`)"
+                raise ResourceError(
+                    f"too many {what}", where=self.name, expected=f"at most {limit}", found=asked, hint=hint
+                )
+        return self._opened()
+
+    def tokens(self, *, num_slots: int, cache_len: int, num_tiles: int) -> DeviceTokens:
+        """Those slots, with sampling on the device."""
+        return DeviceTokens(self.slots(num_slots=num_slots, cache_len=cache_len, num_tiles=num_tiles))
+
+    def _opened(self) -> StaticSlots:
+        if self._slots is None:
+            raise UsageError("the engine is closed", hint="use it inside its `with` block")
+        return self._slots
