@@ -1,0 +1,209 @@
+"""The back end of static memory, on the host double: what it allocates, captures and moves, and how it fails."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from host_device import HostDevice, host_backend
+from mllama_runtime import Engine, EnvironmentFault, Request, ResourceError, SamplingParams, UsageError
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.decode import prefill
+from mllama_runtime.engine import Stream
+from mllama_runtime.engine_record import Limits
+from mllama_runtime.memory import memory_plan
+from PIL import Image
+
+LIMITS = Limits(max_batch=4, max_seq_len=160, prefill_chunk=32, max_tiles=8)
+ASK = "How many shapes are there?"
+
+
+@pytest.fixture
+def bundle(bundle_of: Callable[..., Path]) -> Bundle:
+    return Bundle.open(bundle_of())
+
+
+@pytest.fixture
+def device() -> HostDevice:
+    return HostDevice()
+
+
+@pytest.fixture
+def engine(bundle: Bundle, device: HostDevice) -> Iterator[Engine]:
+    with Engine(bundle, host_backend(bundle, limits=LIMITS, device=device)) as opened:
+        yield opened
+
+
+@pytest.fixture
+def plain(bundle: Bundle) -> Iterator[Engine]:
+    with Engine.load(bundle.root, backend="cpu", num_threads=1) as opened:
+        yield opened
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), np.uint8))
+
+
+def one_tile(seed: int) -> Image.Image:
+    return picture(40, 40, seed)
+
+
+def four_tiles(seed: int) -> Image.Image:
+    return picture(300, 300, seed)
+
+
+def test_what_is_planned_is_what_is_allocated(engine: Engine, device: HostDevice) -> None:
+    plan = engine.memory()
+    assert device.device_bytes == plan.device_bytes
+    assert device.pinned_bytes == plan.pinned_bytes
+    assert str(plan).startswith(f"{plan.device_bytes / 1e6:.1f} MB")
+
+
+def test_the_plan_of_an_11b(bundle: Bundle) -> None:
+    """Against arithmetic of its own: 2 bytes, 8 key/value heads of 128, 32 self- and 8 cross-attention layers."""
+    model = bundle.manifest.model
+    text = replace(
+        model.text,
+        hidden_size=4096,
+        num_heads=32,
+        num_kv_heads=8,
+        num_layers=40,
+        vocab_size=128256,
+        cross_attention_layers=(3, 8, 13, 18, 23, 28, 33, 38),
+    )
+    vision = replace(model.vision, image_size=560, patch_size=14, max_num_tiles=4)
+    limits = Limits(max_batch=4, max_seq_len=8192, prefill_chunk=512, max_tiles=4)
+    plan = memory_plan(replace(model, text=text, vision=vision), limits, cache_dtype="float16")
+    parts = plan.device_parts()
+    assert parts["self-attention caches"] == 4 * 8192 * 2 * 32 * 8 * 128 * 2
+    assert parts["pictures' keys and values"] == 4 * 4 * 1601 * 2 * 8 * 8 * 128 * 2
+    assert parts["encoded picture 0"] == parts["encoded picture 1"] == 4 * 1601 * 2 * 8 * 8 * 128 * 2
+    assert parts["pixels 0"] == pytest.approx(4 * 3 * 560 * 560 * 4, abs=1024)
+    assert parts["logits"] == 4 * 128256 * 4
+
+
+def test_no_step_allocates_anything(engine: Engine, device: HostDevice) -> None:
+    """Counted from entering the engine on, over prompts, pictures, joins, sampling and captured steps."""
+    before = device.num_allocations
+    sampled = SamplingParams(max_new_tokens=12, temperature=1.0, seed=1, repetition_penalty=1.1)
+    requests = [Request(ASK, images=[one_tile(i)] if i % 2 else [], sampling=sampled) for i in range(9)]
+    engine.generate_batch(requests)
+    engine.generate_batch(requests[:2])
+    assert device.num_captures > 0
+    assert device.num_allocations == before
+
+
+def test_steps_are_captured_and_text_alone_skips_cross_attention(engine: Engine, device: HostDevice) -> None:
+    device.runs.clear()
+    engine.generate("Hello", sampling=SamplingParams(max_new_tokens=30, min_new_tokens=30, temperature=1.0, seed=0))
+    counts = Counter(device.runs)
+    assert counts == {"decoder text_prefill": 1, "decoder text_decode": 29, "sampler rows": 30}
+    assert device.num_captures == 1
+    device.runs.clear()
+    engine.generate(ASK, images=[one_tile(0)], sampling=SamplingParams(max_new_tokens=3))
+    assert {"vision images", "decoder prefill", "decoder decode", "greedy rows"} == set(device.runs)
+
+
+def test_a_picture_is_encoded_once_while_it_is_remembered(engine: Engine, device: HostDevice) -> None:
+    def encodings(*images: Image.Image) -> int:
+        device.runs.clear()
+        engine.generate_batch(
+            [Request(ASK, images=[image], sampling=SamplingParams(max_new_tokens=2)) for image in images]
+        )
+        return device.runs.count("vision images")
+
+    assert encodings(one_tile(0)) == 1
+    assert encodings(one_tile(0), one_tile(0)) == 0
+    assert encodings(four_tiles(1), one_tile(2), one_tile(3)) == 3  # three places: the first picture is forgotten
+    assert encodings(one_tile(0)) == 1
+
+
+def test_a_larger_picture_moves_the_others_apart(engine: Engine, plain: Engine) -> None:
+    """Slots 1 and 3 hold pictures of one and two tiles when a request of eight joins, and one of two pictures later."""
+    requests = [
+        Request(ASK, sampling=SamplingParams(max_new_tokens=40, min_new_tokens=40)),
+        Request(ASK, images=[one_tile(1)], sampling=SamplingParams(max_new_tokens=40, min_new_tokens=40)),
+        Request("Hello", sampling=SamplingParams(max_new_tokens=2)),
+        Request(ASK, images=[picture(100, 60)], sampling=SamplingParams(max_new_tokens=40, min_new_tokens=40)),
+        Request(ASK, images=[four_tiles(2)], sampling=SamplingParams(max_new_tokens=9, min_new_tokens=9)),
+        Request("Which?", images=[four_tiles(3), four_tiles(4)], sampling=SamplingParams(max_new_tokens=9)),
+        Request("Which?", images=[one_tile(5)], sampling=SamplingParams(max_new_tokens=9)),
+    ]
+    expected = [plain.generate_batch([each])[0].token_ids for each in requests]
+    assert [answer.token_ids for answer in engine.generate_batch(requests)] == expected
+
+
+def test_too_little_memory_is_told_with_the_plan(bundle: Bundle) -> None:
+    small = HostDevice(total_bytes=10**6)
+    backend = host_backend(bundle, limits=LIMITS, device=small)
+    with pytest.raises(ResourceError, match=r"not enough device memory: expected [\d.]+ MB.*found 1.0 MB") as caught:
+        backend.__enter__()
+    assert caught.value.exit_code == 5
+    assert small.is_closed
+
+
+@pytest.mark.parametrize("operations", [0, 3, 40, 90])
+def test_a_device_that_fails_ends_every_request_and_hangs_none(bundle: Bundle, operations: int) -> None:
+    """Wherever it fails: loading aside, in a prompt, in a step, while a result is awaited."""
+    device = HostDevice()
+    backend = host_backend(bundle, limits=LIMITS, device=device)
+    requests = [Request(ASK, images=[one_tile(i)], sampling=SamplingParams(max_new_tokens=40)) for i in range(6)]
+    with Engine(bundle, backend) as engine:
+        streams = [Stream(engine, [each]) for each in requests]
+        device.fail_after = device.num_operations + operations
+        for stream in streams:
+            with pytest.raises(EnvironmentFault, match="the device failed") as caught:
+                for _ in stream:
+                    pass
+            assert caught.value.exit_code == 4
+        with pytest.raises(EnvironmentFault, match="the device failed"):  # and it stays so
+            engine.generate("Hello")
+    assert device.is_closed
+
+
+def test_a_row_that_cannot_be_sampled_ends_alone(engine: Engine, plain: Engine) -> None:
+    """Every token of one request is forbidden; its neighbour does not notice."""
+    vocab_size = engine.model.text.vocab_size
+    from mllama_runtime import RequestError
+
+    nothing = SamplingParams(stop_token_ids=tuple(range(vocab_size)), min_new_tokens=2, max_new_tokens=4)
+    bad = Stream(engine, [Request("Hello", sampling=nothing)])
+    good = Stream(engine, [Request(ASK, sampling=SamplingParams(max_new_tokens=6))])
+    with pytest.raises(RequestError, match="no token is left to choose"):
+        next(bad)
+    found = [event.token_id for event in good]
+    assert tuple(found) == plain.generate(ASK, sampling=SamplingParams(max_new_tokens=6)).token_ids
+
+
+def test_more_than_it_was_built_for_is_refused(engine: Engine) -> None:
+    for sizes, what in (((5, 10, 0), "slots"), ((1, 161, 0), "tokens"), ((1, 10, 9), "tiles")):
+        num_slots, cache_len, num_tiles = sizes
+        with pytest.raises(ResourceError, match=f"too many {what}: expected at most"):
+            engine._backend.slots(num_slots=num_slots, cache_len=cache_len, num_tiles=num_tiles)
+
+
+def test_a_closed_back_end_is_said_to_be_closed(bundle: Bundle) -> None:
+    backend = host_backend(bundle, limits=LIMITS)
+    with pytest.raises(UsageError, match="the engine is closed"):
+        backend.slots(num_slots=1, cache_len=8, num_tiles=0)
+    with backend:
+        pass
+    backend.__exit__(None, None, None)
+    with pytest.raises(UsageError, match="the engine is closed"):
+        backend.memory()
+
+
+def test_the_cpu_back_end_plans_no_memory(plain: Engine) -> None:
+    with pytest.raises(UsageError, match="takes memory as it goes"):
+        plain.memory()
+
+
+def test_a_picture_of_another_back_end_is_refused(engine: Engine, plain: Engine) -> None:
+    row = Stream(plain, [Request(ASK, images=[one_tile(0)])])._rows[0]
+    slots = engine._backend.slots(num_slots=1, cache_len=100, num_tiles=1)
+    with pytest.raises(UsageError, match="another back end"):
+        prefill(slots, 0, row, "hf")
