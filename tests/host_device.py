@@ -250,7 +250,9 @@ def host_backend(bundle: Bundle, *, limits: Limits | None = None, device: HostDe
     own = device or HostDevice()
 
     def programs(_: object, stream: Stream) -> ProgramLoader:
-        load = ort_programs(bundle, Provider("cpu", ("CPUExecutionProvider",), "_ort"))
+        load = ort_programs(
+            bundle, Provider("cpu", ("CPUExecutionProvider",), {"vision": "vision_ort", "decoder": "decoder_ort"})
+        )
 
         def wrapped(graph: GraphName) -> Program:
             return HostProgram(graph, load(graph), own)

@@ -119,17 +119,17 @@ def tool_versions(names: Sequence[str]) -> dict[str, str]:
 def saved_graphs(
     graphs: Mapping[GraphKey, ir.Model], writer: BundleWriter, config: ModelConfig
 ) -> dict[GraphKey, GraphSpec]:
-    """Each standard graph, its weights attached, and its ONNX Runtime twin over the same weights file."""
-    specs: dict[GraphKey, GraphSpec] = {}
+    """Each standard graph, its weights attached, and its ONNX Runtime twins over the same weights file."""
+    models: dict[GraphKey, tuple[str, ir.Model]] = {}
     for key, standard in graphs.items():
-        twin_key = cast(GraphKey, f"{key}_ort")
-        for model_key, model, file in (
-            (key, standard, f"{key}.onnx"),
-            (twin_key, ort_graph_from_graph(standard, config), f"{key}.ort.onnx"),
-        ):
-            ir.save(model, writer.path / file)
-            writer.add_file(file)
-            specs[model_key] = GraphSpec(file, _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
+        models[key] = f"{key}.onnx", standard
+        models[cast(GraphKey, f"{key}_ort")] = f"{key}.ort.onnx", ort_graph_from_graph(standard, config)
+    models["decoder_cuda"] = "decoder.cuda.onnx", ort_graph_from_graph(graphs["decoder"], config, for_cuda=True)
+    specs: dict[GraphKey, GraphSpec] = {}
+    for key, (file, model) in models.items():
+        ir.save(model, writer.path / file)
+        writer.add_file(file)
+        specs[key] = GraphSpec(file, _tensor_specs(model.graph.inputs), _tensor_specs(model.graph.outputs))
     return specs
 
 

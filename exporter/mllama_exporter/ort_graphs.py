@@ -1,10 +1,10 @@
 """ONNX Runtime's twin of a standard graph: same weights file, rewritten for that runtime's kernels.
 
 Rewrites, each for a measured reason (design: the graphs):
-- a low-precision graph computes in float32 from its low-precision weights: ONNX Runtime's CPU provider has no bfloat16
+- for the CPU a low-precision graph computes in float32 from its low-precision weights: that provider has no bfloat16
   kernels, and inserts casts around most float16 ones. It folds the casts at load, so a session takes the memory of
-  float32 weights; and for a GPU, where the kernels exist, such a twin is the wrong graph;
-- products by quantised matrices become that runtime's own kernels (`ort_kernels`);
+  float32 weights. The twin for CUDA, where the kernels exist, keeps the graph's own precision;
+- products by quantised matrices become that runtime's own kernels (`ort_kernels`): on CUDA those by packed weights;
 - scatter + self-attention becomes GroupQueryAttention over the same cache buffers: the standard operator computes over
   the whole cache axis whatever the lengths say;
 - cross-attention becomes two matrix products that fold a key/value head's query heads into the row axis: the standard
@@ -30,11 +30,12 @@ _HEAD_MULTIPLE = 8  # of the sizes of heads that GroupQueryAttention takes
 _LOWEST = np.finfo(np.float32).min
 
 
-def ort_graph_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model:
+def ort_graph_from_graph(standard: ir.Model, config: ModelConfig, *, for_cuda: bool = False) -> ir.Model:
     """The twin of a vision or decoder graph from `graphs`, whose weights may or may not be attached yet."""
     model = standard.clone()
-    _compute_in_float32(model.graph)
-    use_quantized_kernels(model.graph)
+    if not for_cuda:
+        _compute_in_float32(model.graph)
+    use_quantized_kernels(model.graph, only_packed=for_cuda)
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     cached = [node for node in attentions if _reads_cache(node)]
     if cached:
@@ -121,6 +122,9 @@ def _use_matrix_products(graph: ir.Graph, attentions: list[ir.Node], config: Mod
     mask = attentions[0].inputs[3]  # bool [N, 1, S, R]
     zero, lowest = shared.constant(np.array(0, np.float32)), shared.constant(np.array(_LOWEST, np.float32))
     bias = shared.add("Where", [mask, zero, lowest])
+    dtype = attentions[0].inputs[1].dtype  # type: ignore[union-attr]
+    if dtype in _LOW_PRECISION:  # each row has a patch that is not masked, so the lowest may become minus infinity
+        bias = shared.add("Cast", [bias], {"to": int(dtype)})
     bias = shared.add("Unsqueeze", [bias, shared.constant(np.array([2], np.int64))])  # [N, 1, 1, S, R]
     rows = shared.add("Shape", [mask], {"start": 0, "end": 1})
     tokens = shared.add("Shape", [mask], {"start": 2, "end": 3})

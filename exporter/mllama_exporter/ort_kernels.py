@@ -25,18 +25,21 @@ _BLOCKS = (128, 64, 32, 16)  # that MatMulNBits takes and a row may have
 _MIDDLE = 0x80  # zero, of unsigned bytes
 
 
-def use_quantized_kernels(graph: ir.Graph) -> None:
-    """Rewrite every product by a dequantised matrix, in place."""
+def use_quantized_kernels(graph: ir.Graph, *, only_packed: bool) -> None:
+    """Rewrite every product by a dequantised matrix, in place; or only those by packed weights alone."""
     for node in [node for node in graph if node.op_type == "DequantizeLinear"]:
         weight = node.inputs[0]
         if weight is None or not weight.is_initializer():
             continue
         user = next(use.node for use in node.outputs[0].uses())
         product = next(use.node for use in user.outputs[0].uses()) if user.op_type == "Transpose" else user
-        if weight.dtype == ir.DataType.FLOAT8E4M3FN:
-            _spread(graph, node)
-        elif _is_dequantized(product.inputs[0]):
-            _use_integers(graph, node, product)
+        if weight.dtype == ir.DataType.FLOAT8E4M3FN or _is_dequantized(product.inputs[0]):
+            if only_packed:
+                continue
+            if weight.dtype == ir.DataType.FLOAT8E4M3FN:
+                _spread(graph, node)
+            else:
+                _use_integers(graph, node, product)
         else:
             _use_packed(graph, node, product)
 

@@ -25,7 +25,7 @@ _SYMBOL = re.compile(r"([1-9][0-9]*\*)?[A-Za-z_][A-Za-z0-9_]*")  # "batch", or a
 BasePrecision = Literal["fp32", "fp16", "bf16"]
 QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
 Precision = Literal[BasePrecision, QuantizedPrecision]
-GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort"]
+GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort", "decoder_cuda", "greedy", "sampler"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 
 

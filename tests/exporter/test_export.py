@@ -98,7 +98,7 @@ def test_weights_are_the_checkpoints(bundle_of, miniature: Path, precision: str,
 def test_the_mask_semantics_change_the_decoder_alone(bundle_of) -> None:
     hf, meta = hashes(bundle_of("fp32", "hf")), hashes(bundle_of("fp32", "meta"))
     different = {name for name in hf if hf[name] != meta[name]}
-    assert different == {"decoder.onnx", "decoder.ort.onnx", "manifest.json"}
+    assert different == {"decoder.onnx", "decoder.ort.onnx", "decoder.cuda.onnx", "manifest.json"}
     assert Bundle.open(bundle_of("fp32", "meta")).manifest.mask_semantics == "meta"
 
 

@@ -147,7 +147,7 @@ FIELDS = {
     "unknown semantics": (put("mask_semantics", "other"), "mask_semantics: unknown value: expected hf or meta"),
     "unknown graph": (
         put("graphs/encoder", {}),
-        "graphs: unknown value: expected vision or .*decoder_ort, found 'encoder'",
+        "graphs: unknown value: expected vision or .*sampler, found 'encoder'",
     ),
     "no decoder": (drop("graphs/decoder"), "graphs: a graph is missing"),
     "graph not listed": (put("graphs/vision/file", "../v.onnx"), "graphs.vision.file: not one of the bundle's files"),

@@ -39,11 +39,11 @@ _ELEMENTS: Mapping[DType, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Where ONNX Runtime computes. device: its name in bindings. suffix: of the keys of the graphs it prefers."""
+    """Where ONNX Runtime computes. device: its name in bindings. graphs: keys of those it runs, if not the graph's own."""
 
     device: str
     providers: tuple[Any, ...]
-    suffix: str
+    graphs: Mapping[GraphName, GraphKey]
     num_threads: int = 1
 
 
@@ -58,18 +58,18 @@ def cuda_provider(stream: Stream) -> Provider:
         hint = 'run: pip uninstall onnxruntime && pip install "mllama-deploy[cuda]"'
         raise EnvironmentFault("ONNX Runtime cannot use a GPU", found=found, hint=hint)
     options = {"device_id": "0", "user_compute_stream": str(stream.handle), "arena_extend_strategy": "kSameAsRequested"}
-    return Provider("cuda", (("CUDAExecutionProvider", options), "CPUExecutionProvider"), "_cuda")
+    return Provider("cuda", (("CUDAExecutionProvider", options), "CPUExecutionProvider"), {"decoder": "decoder_cuda"})
 
 
 def ort_programs(bundle: Bundle, provider: Provider) -> ProgramLoader:
-    """Loads a bundle's graphs, those made for the provider where there are some."""
+    """Loads a bundle's graphs."""
 
     def load(graph: GraphName) -> OrtProgram:
-        graphs = bundle.manifest.graphs
-        keys: tuple[GraphKey, ...] = tuple(key for key in graphs if key in (f"{graph}{provider.suffix}", graph))
-        if not keys:
-            raise BundleError(f"the bundle has no graph {graph}", where=bundle.root, hint="export it again")
-        path = bundle.path(graphs[max(keys, key=len)].file)
+        key = provider.graphs.get(graph, graph)
+        spec = bundle.manifest.graphs.get(key)
+        if spec is None:
+            raise BundleError(f"the bundle has no graph {key}", where=bundle.root, hint="export it again")
+        path = bundle.path(spec.file)
         options = session_options(log_severity_level=_LOG_FATAL_ONLY)
         options.intra_op_num_threads = provider.num_threads
         try:
