@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,15 @@ from click.testing import CliRunner, Result
 from exporter._faults import LAYER, change_weight, relist, slow_rotary, times
 from mllama_exporter.checkpoint import Checkpoint
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
-from mllama_exporter.validate import REPORT_NAME, Check, Report, questions_from_jsonl, report_from_bundle
+from mllama_exporter.validate import (
+    REPORT_NAME,
+    Check,
+    Report,
+    page_from_report,
+    questions_from_jsonl,
+    report_from_bundle,
+)
+from mllama_exporter.validate import pipeline as pipeline_module
 from mllama_exporter.validate import reference as reference_module
 from mllama_exporter.validate.checks import (
     Observation,
@@ -28,10 +37,20 @@ from mllama_exporter.validate.checks import (
 )
 from mllama_exporter.validate.samples import Sample, builtin_samples
 from mllama_exporter.validate.task import accuracy_check, question_from_task
-from mllama_exporter.validate.thresholds import BF16_WEIGHTS, EXACT, FP16, FP16_WEIGHTS, QUANTIZED, Bound, bounds_of
+from mllama_exporter.validate.thresholds import (
+    BF16,
+    BF16_WEIGHTS,
+    EXACT,
+    FP16,
+    FP16_WEIGHTS,
+    QUANTIZED,
+    Bound,
+    bounds_of,
+)
+from mllama_runtime.backends import PREFILL_CHUNK
+from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import main
-from mllama_runtime.decode import PREFILL_CHUNK
 from mllama_runtime.errors import EnvironmentFault, InputError, ResourceError
 from mllama_runtime.evaluation.questions import Question
 from mllama_runtime.images import load_image
@@ -163,7 +182,8 @@ def test_fp32_through_the_command(bundle_of, miniature: Path, tmp_path: Path) ->
     assert (report["precision"], report["mask_semantics"], report["backend"]) == ("fp32", "hf", "cpu")
     assert report["reference"]["fingerprint"] == Checkpoint.open(miniature).fingerprint()
     assert report["tools"]["transformers"] in report["reference"]["library"]
-    assert [each["name"] for each in report["not_run"]] == ["engines"]
+    assert [each["name"] for each in report["not_run"]] == ["device"]
+    assert report["summary"].endswith("(fp32 on cpu, hf semantics, against checkpoint)")
     assert report["num_samples"] == 54
 
     text = Bundle.open(bundle).manifest.model.text
@@ -223,6 +243,55 @@ def test_fp16_runs_the_standard_graphs_in_fp16(bundle_of, miniature: Path) -> No
     assert found["standard_prefill_logits"].value > 1e-5 > found["prefill_logits"].value
 
 
+def test_a_device_is_held_to_its_own_arithmetic(bundle_of, miniature: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Test double of a device: the standard graphs on the CPU, which compute in FP16, under another name."""
+
+    class Double(OrtBackend):
+        name = "double"
+
+        def __init__(self, bundle: Bundle, num_threads: int | None) -> None:
+            super().__init__(bundle, num_threads, standard=True)
+
+    monkeypatch.setattr(
+        pipeline_module, "backend_from_bundle", lambda bundle, name, threads: {"double": Double}[name](bundle, threads)
+    )
+    bundle = Bundle.open(bundle_of("fp16"))
+    chosen = samples(bundle.root, (*FEW[:3], "two_pictures"))
+    report = report_from_bundle(bundle, miniature, backend="double", samples=chosen, max_steps=16)
+    assert report.verdict == "pass", report.to_text()
+    assert report.to_plain()["backend"] == "double"
+    found = checks(report)
+    assert found["device_prefill_logits"].threshold == FP16.logits
+    assert found["device_prefill_logits"] == replace(
+        found["standard_prefill_logits"], name="device_prefill_logits"
+    )  # the same graphs
+    assert not any(name.startswith(("past_", "prefill_", "generation_")) for name in found)
+    assert found["layers_decoder"].threshold == EXACT.layers  # the twins' on the CPU
+    assert ("ort graphs", "double ran in their place; layers are the CPU's") in [
+        (each.name, each.reason) for each in report.not_run
+    ]
+    assert b"On the device" in page_from_report(report.to_plain())
+
+
+@pytest.mark.parametrize(("backend", "code"), [("gpu", 2), ("double", 4)])
+def test_a_back_end_that_is_not_there(
+    backend: str, code: int, bundle_of, miniature: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test double: a back end whose package is missing; the reference is not run for it."""
+
+    def missing(*args: object) -> None:
+        raise EnvironmentFault("is not installed", where="double")
+
+    if backend == "double":
+        backend = "cpu"
+        monkeypatch.setattr(pipeline_module, "backend_from_bundle", missing)
+    result = mllama("validate", bundle_of(), "--reference", miniature, "--backend", backend)
+    assert result.exit_code == code, result.output
+    assert "reference:" not in result.stderr
+    lines = [line for line in result.stderr.splitlines() if "rror: " in line]
+    assert len(lines) == 1
+
+
 @pytest.fixture(scope="module")
 def truncated(miniature: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The miniature's first four layers in BF16."""
@@ -238,8 +307,8 @@ def test_bf16_truncated(miniature: Path, truncated: Path) -> None:
     assert "past_key_4" not in checks(report)
     assert not any(name.startswith("standard_") for name in checks(report))
     assert [(each.name, each.reason) for each in report.not_run] == [
+        ("device", "the back end is the CPU's; --backend chooses another"),
         ("standard graphs", "ONNX Runtime's CPU provider has no bf16 kernels"),
-        ("engines", "no back end runs them yet"),
         ("task_accuracy", "no task was given"),
     ]
 
@@ -406,14 +475,15 @@ def test_thresholds_follow_the_arithmetic(precision, dtypes, num_clamped, twin, 
     assert bounds["ort"]["past"].limit == twin.tensors
     assert (bounds["standard"]["past"].limit if standard else None) == (standard.tensors if standard else None)
     assert standard or "standard" not in bounds
+    assert bounds["device"]["past"].limit == (standard or BF16).tensors
 
 
 @pytest.mark.parametrize(("base", "vision"), [("fp16", None), ("fp32", "int8"), ("bf16", None)])
 def test_what_is_not_quantised_is_held_to_the_base(base, vision) -> None:
     bounds = bounds_of("int4", Quantization(base, vision, (), None), {"BF16"}, 0)
-    assert set(bounds) == ({"ort"} if base == "bf16" else {"ort", "standard"})
+    assert set(bounds) == ({"ort", "device"} if base == "bf16" else {"ort", "device", "standard"})
     for kind, each in bounds.items():
-        kept = QUANTIZED[vision] if vision else FP16 if kind == "standard" else EXACT
+        kept = QUANTIZED[vision] if vision else EXACT if kind == "ort" else {"fp16": FP16, "bf16": BF16}[base]
         assert each["layers_vision"].limit == each["layers_cross"].limit == kept.layers
         assert each["cross"].limit == kept.tensors
         assert each["layers_decoder"].limit == QUANTIZED["int4"].layers

@@ -170,7 +170,7 @@ def test_all_of_it_is_there(plain: dict[str, Any]) -> None:
     assert plain["reference"]["fingerprint"] in text
     assert "99.90% 99.70% to 99.99% +0.00 points" in text
     assert "-0.05 points" in text
-    assert "engines (no back end runs them yet)" in text
+    assert "device (the back end is the CPU's; --backend chooses another)" in text
     layers = {each["layer"]: each["largest"] for each in plain["activations"]["layers"]}
     assert set(layers) >= {"vision layer 0", "decoder layer 1", "decoder input", "language head"}
     assert max(layers.values()) < plain["activations"]["limit"]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import click
+from mllama_runtime.backends import BACKENDS
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
 from mllama_runtime.errors import GateError, InputError
@@ -28,6 +29,13 @@ _EXAMPLE = example(
     metavar="CHECKPOINT",
     type=click.Path(path_type=Path),
     help="The checkpoint folder the bundle was exported from.",
+)
+@click.option(
+    "--backend",
+    type=click.Choice(BACKENDS),
+    default="cpu",
+    show_default=True,
+    help="What runs the bundle. What each layer adds is measured on the CPU in any case.",
 )
 @click.option(
     "--task",
@@ -58,6 +66,7 @@ def command(
     ctx: click.Context,
     bundle: Path,
     reference: Path,
+    backend: str,
     task: Path | None,
     max_steps: int,
     accuracy_files: tuple[Path, ...],
@@ -90,7 +99,13 @@ def command(
     accuracy = [Result.from_file(path) for path in accuracy_files]
     questions = [] if task is None else questions_from_jsonl(task)
     report = report_from_bundle(
-        opened, reference, task=questions, max_steps=max_steps, accuracy=accuracy, progress=_show
+        opened,
+        reference,
+        backend=backend,
+        task=questions,
+        max_steps=max_steps,
+        accuracy=accuracy,
+        progress=_show,
     )
     plain = report.to_plain()
     opened.stamp(report.validation(), {REPORT_NAME: dump_json(plain), PAGE_NAME: page_from_report(plain)})

@@ -150,7 +150,7 @@ def _expected(run: ReferenceRun) -> dict[str, Array]:
     """The reference's tensors after the prompt."""
     num_tokens = len(run.inputs.token_ids)
     past = {name: array[:, :, :num_tokens] for name, array in run.past.items()}
-    return {**run.states, **run.cross, **past, "logits": run.logits[:1]}
+    return {**run.states, **run.cross, **past, "logits": run.logits[None, :1]}  # [batch, num_logits, vocab]
 
 
 def _picture(expected: Mapping[str, Array], index: int) -> dict[str, Array]:

@@ -13,13 +13,17 @@ from typing import Any
 import jinja2
 
 from mllama_exporter.validate.plot import Mark, Plot, Section, Series, plot
-from mllama_exporter.validate.thresholds import family
+from mllama_exporter.validate.thresholds import PREFIXES, GraphKind, family
 
 PAGE_NAME = "reports/validation.html"
 Plain = Mapping[str, Any]
 """The report's JSON object, or a part of it."""
 
-KINDS = {"ort": "Graphs for ONNX Runtime", "standard": "Standard graphs", "engine": "Engines"}
+KINDS: Mapping[GraphKind, str] = {
+    "ort": "Graphs for ONNX Runtime",
+    "device": "On the device",
+    "standard": "Standard graphs",
+}
 _SIZES = {"wide": (1000, 320), "narrow": (340, 260)}  # of plots, in pixels
 _SECTIONS = {"vision": "Vision", "global": "Global", "decoder": "Decoder"}
 _ACCURACY = ("task_accuracy", "accuracy_drop")
@@ -99,11 +103,11 @@ def _first_failure(checks: Sequence[Plain]) -> dict[str, Any] | None:
     return {**first, "title": _title(name), "kind": None if name in _ACCURACY else KINDS[kind]}
 
 
-def _kind(check: Plain) -> tuple[str, str]:
+def _kind(check: Plain) -> tuple[GraphKind, str]:
     """The kind of graphs that was checked, and the name of the check without it."""
     name = str(check["name"])
-    bare = name.removeprefix("standard_")
-    return ("ort" if bare == name else "standard"), bare
+    kind: GraphKind = next((kind for kind, prefix in PREFIXES.items() if prefix and name.startswith(prefix)), "ort")
+    return kind, name.removeprefix(PREFIXES[kind])
 
 
 def _title(name: str) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from mllama_runtime import __version__
+from mllama_runtime.backends import backend_from_bundle
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.engine import Request
@@ -45,7 +46,7 @@ from mllama_exporter.validate.report import NotRun, ReferenceInfo, Report
 from mllama_exporter.validate.samples import Sample, builtin_samples
 from mllama_exporter.validate.spots import reference_modules
 from mllama_exporter.validate.task import MAX_ANSWER_TOKENS, Question, accuracy_check
-from mllama_exporter.validate.thresholds import ACCURACY_DROP, Bounds, GraphKind, base_of, bounds_of
+from mllama_exporter.validate.thresholds import ACCURACY_DROP, PREFIXES, Bounds, GraphKind, base_of, bounds_of
 
 _TOOLS = ("numpy", "onnxruntime", "torch", "transformers")
 _BYTES_PER_PARAMETER = 4
@@ -59,6 +60,7 @@ def report_from_bundle(
     bundle: Bundle,
     reference: Path,
     *,
+    backend: str = OrtBackend.name,
     task: Sequence[Question] = (),
     max_steps: int = 32,
     samples: Sequence[Sample] | None = None,
@@ -69,6 +71,8 @@ def report_from_bundle(
 
     Args:
         reference: the checkpoint's folder.
+        backend: runs the bundle, in the place of ONNX Runtime's graphs on the CPU. What each layer adds is measured on
+            the CPU whatever it is, and so are the standard graphs.
         task: questions for both to answer.
         max_steps: tokens to generate for each sample, at most.
         samples: by default the built-in ones.
@@ -77,7 +81,8 @@ def report_from_bundle(
     Raises:
         InputError: the checkpoint is not the one the bundle was made from.
         GateError: a file of the bundle is not what its manifest says.
-        EnvironmentFault: a package is missing.
+        UsageError: there is no back end of that name.
+        EnvironmentFault: a package is missing, or the back end's device.
         ResourceError: the reference does not fit into memory.
     """
     checkpoint, precision = _checked(bundle, reference), bundle.manifest.precision
@@ -86,8 +91,9 @@ def report_from_bundle(
     processor = ReferenceProcessor(reference)
     inputs, not_run = _inputs(processor, builtin_samples(bundle.manifest.model.vision) if samples is None else samples)
     # Both sides render their chat templates now, at one moment: a template may write today's date.
-    twins = Candidate(bundle, OrtBackend(bundle))
-    seen = [found for each in inputs for found in observations_from_inputs(twins, each)]
+    candidate = Candidate(bundle, backend_from_bundle(bundle, backend, None))
+    kind: GraphKind = "ort" if candidate.backend.name == OrtBackend.name else "device"
+    seen = [found for each in inputs for found in observations_from_inputs(candidate, each)]
 
     model = _reference_model(bundle, reference)
     watched = reference_modules(bundle.manifest.model)
@@ -95,23 +101,29 @@ def report_from_bundle(
     asked = [_asked(processor, model, each) for each in _ticking(task, "task, reference", progress)]
     del model
 
-    with twins.engine:
-        found, generated = _observations(twins, runs, max_steps, "ort graphs", progress)
-        answers = [twins.engine.generate_batch([each.request])[0].text for each in _ticking(asked, "task", progress)]
-    seen, agreement = seen + found, agreements("ort", found, generated)
+    with candidate.engine as engine:
+        found, generated = _observations(candidate, runs, max_steps, f"{kind} graphs", progress)
+        answers = [engine.generate_batch([each.request])[0].text for each in _ticking(asked, "task", progress)]
+    agreement = agreements(kind, found, generated)
     shown = [
         answers_from_sample(run.inputs.sample, processor.text(run.continuation), each.text)
         for run, each in zip(runs, generated, strict=True)
         if run.inputs.sample.depth != "answers"
     ]
-    observed = ObservedBundle(bundle, twins, "ort")
+    observed = ObservedBundle(bundle, candidate, "ort")
     activations = [found for each in _ticking(inputs, "activations", progress) for found in observed.activations(each)]
     seen += activation_observations(activations)
     deep = [run for run in runs if run.states]
     layers = [_layers(observed, deep, "ort", bounds["ort"], progress)]
     del observed
     seen += layer_observations(layers[0])
-    checks = checks_from_observations(seen, bounds["ort"])
+    if kind == "ort":
+        checks = checks_from_observations(seen + found, bounds[kind])
+        not_run.append(NotRun("device", "the back end is the CPU's; --backend chooses another"))
+    else:
+        checks = checks_from_observations(seen, bounds["ort"])
+        checks += checks_from_observations(found, bounds[kind], prefix=PREFIXES[kind])
+        not_run.append(NotRun("ort graphs", f"{candidate.backend.name} ran in their place; layers are the CPU's"))
 
     if "standard" in bounds:
         with (standard := Candidate(bundle, OrtBackend(bundle, standard=True))).engine:
@@ -121,10 +133,9 @@ def report_from_bundle(
             observed = ObservedBundle(bundle, standard, "standard")
             layers.append(_layers(observed, deep, "standard", bounds["standard"], progress))
             seen += layer_observations(layers[1])
-        checks += checks_from_observations(seen, bounds["standard"], prefix="standard_")
+        checks += checks_from_observations(seen, bounds["standard"], prefix=PREFIXES["standard"])
     else:
         not_run.append(NotRun("standard graphs", f"ONNX Runtime's CPU provider has no {base} kernels"))
-    not_run.append(NotRun("engines", "no back end runs them yet"))
     if task:
         expected = [each.answer for each in asked]
         checks.append(accuracy_check(task, answers, expected, ACCURACY_DROP[precision]))
@@ -134,7 +145,7 @@ def report_from_bundle(
     versions = {name: importlib.metadata.version(name) for name in _TOOLS}
     return Report(
         manifest=bundle.manifest,
-        backend=OrtBackend.name,
+        backend=candidate.backend.name,
         reference=ReferenceInfo(
             name=checkpoint.folder.resolve().name,
             fingerprint=checkpoint.fingerprint(),

@@ -120,7 +120,8 @@ class Report:
 
     def _conclusion(self) -> str:
         manifest = self.manifest
-        about = f"{manifest.precision}, {manifest.mask_semantics} semantics, against {self.reference.name}"
+        made = f"{manifest.precision} on {self.backend}, {manifest.mask_semantics} semantics"
+        about = f"{made}, against {self.reference.name}"
         if not self.failed:
             return f"pass: all {len(self.checks)} checks ({about})"
         first = self.failed[0]
