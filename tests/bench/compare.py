@@ -27,11 +27,10 @@ from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 from mllama_exporter.quantize import QuantizeOptions, quantized_bundle_from_bundle
 from mllama_runtime import Engine, Request, SamplingParams
 from mllama_runtime.backends.ort import OrtBackend
-from mllama_runtime.bench import DecodeCase, decode_step, sample_tiles
+from mllama_runtime.bench import DecodeCase, Decoding
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.errors import BundleError
 from mllama_runtime.manifest import QuantizedPrecision
-from mllama_runtime.tensorfile import read_header
+from mllama_runtime.roofline import decode_weight_bytes
 from random_checkpoint import MIDSIZE, write_random_checkpoint
 from transformers import DynamicCache, MllamaForConditionalGeneration
 
@@ -176,19 +175,6 @@ def bandwidth(threads: int) -> float:
     return array.nbytes / min(times)
 
 
-def decode_bytes(bundle: Bundle, *, has_image: bool) -> int:
-    """Bytes of weights one decode step reads: not the embedding table; cross layers only for pictures."""
-    unread = ["embed_tokens", "cross_attn.k_", "cross_attn.v_"]
-    if not has_image:
-        unread += [f"layers.{layer}." for layer in bundle.manifest.model.text.cross_attention_layers]
-    tensors = read_header(bundle.path("weights.safetensors"), error=BundleError).tensors
-    return sum(
-        info.size_bytes
-        for name, info in tensors.items()
-        if name.startswith("language_model.") and not any(part in name for part in unread)
-    )
-
-
 def prefill_step(backend: OrtBackend, num_tokens: int) -> Step:
     slots = backend.slots(num_slots=1, cache_len=num_tokens, num_tiles=0)
     nothing, token_ids = np.zeros((num_tokens, 0), np.bool_), np.arange(num_tokens)
@@ -210,8 +196,7 @@ def measure(checkpoint: Path, bundles: Mapping[str, Path], threads: int, rounds:
         ):
             steps: dict[str, Step] = {THEIRS: theirs.decode_step(num_cached, num_tiles, num_patches)}
             for name, backend in backends.items():
-                features = [backend.encode(sample_tiles(MIDSIZE, num_tiles))] if num_tiles else []
-                steps[name] = decode_step(backend, DecodeCase(1, num_cached, cache_len, features))
+                steps[name] = Decoding(backend, MIDSIZE, DecodeCase(1, num_cached, cache_len, num_tiles)).step
             picture = f"{num_tiles} tiles" if num_tiles else "text"
             what = f"decode, {num_cached} cached of {cache_len}, {picture}"
             rows.append(Row(what, num_tiles > 0, in_turns(steps, rounds, 16)))
@@ -257,7 +242,7 @@ def main() -> None:
         rows = measure(checkpoint, bundles, arguments.threads, arguments.rounds)
         rate = max(before, bandwidth(arguments.threads))
         sizes = {
-            (name, has_image): decode_bytes(Bundle.open(path), has_image=has_image)
+            (name, has_image): decode_weight_bytes(Bundle.open(path), batch=1, has_image=has_image)
             for name, path in bundles.items()
             for has_image in (False, True)
         }

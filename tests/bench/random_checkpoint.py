@@ -2,7 +2,8 @@
 
     python tests/bench/random_checkpoint.py DIR --size midsize
 
-Weights are streamed, so the size is bounded by the disk alone. The tokenizer is the miniature's, padded with unused
+Weights are streamed, so the size is bounded by the disk alone, and drawn on all cores. The same seed gives the same
+weights on any number of them. The tokenizer is the miniature's, padded with unused
 entries to the model's vocabulary.
 """
 
@@ -11,8 +12,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +27,9 @@ from mllama_runtime.tensorfile import encode_header
 
 MINIATURE = Path(__file__).parents[2] / "recipes" / "miniature" / "checkpoint"
 _BLOCK = 1 << 22  # elements generated at once
+Block = tuple[int, int, int, int, float, float]
+"""Seed, tensor, its first element, how many; standard deviation and mean."""
+
 _RATIOS = ((1, 1), (1, 2), (1, 3), (1, 4), (2, 1), (2, 2), (3, 1), (4, 1))
 
 MIDSIZE = ModelConfig(
@@ -82,7 +90,18 @@ INSTRUCT_11B = ModelConfig(
     ),
     image_token_id=128256,
 )
-SIZES = {"midsize": MIDSIZE, "11b-instruct": INSTRUCT_11B}
+INSTRUCT_90B = replace(
+    INSTRUCT_11B,
+    text=replace(
+        INSTRUCT_11B.text,
+        hidden_size=8192,
+        num_layers=100,
+        num_heads=64,
+        intermediate_size=28672,
+        cross_attention_layers=tuple(range(3, 100, 5)),
+    ),
+)
+SIZES = {"midsize": MIDSIZE, "11b-instruct": INSTRUCT_11B, "90b-instruct": INSTRUCT_90B}
 
 
 def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0) -> None:
@@ -90,15 +109,16 @@ def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0)
     folder.mkdir(parents=True)
     shapes = expected_tensors(config)
     header, infos = encode_header((name, "BF16", shape) for name, shape in shapes.items())
-    rng = np.random.default_rng(seed)
-    with (folder / "model.safetensors").open("wb") as file:
+    num_threads = len(os.sched_getaffinity(0))
+    with (folder / "model.safetensors").open("wb") as file, ThreadPoolExecutor(num_threads) as threads:
         file.write(header)
-        for info in infos:
-            scale, offset = _distribution(info.name, info.shape)
-            for start in range(0, math.prod(info.shape), _BLOCK):
-                count = min(_BLOCK, math.prod(info.shape) - start)
-                values = rng.standard_normal(count, np.float32) * np.float32(scale) + np.float32(offset)
-                file.write((values.view(np.uint32) >> 16).astype(np.uint16).tobytes())
+        blocks = (
+            (seed, index, start, min(_BLOCK, math.prod(info.shape) - start), *_distribution(info.name, info.shape))
+            for index, info in enumerate(infos)
+            for start in range(0, math.prod(info.shape), _BLOCK)
+        )
+        for group in _groups(blocks, num_threads):  # what is drawn ahead stays in memory
+            file.writelines(threads.map(_drawn, group))
     (folder / "config.json").write_text(json.dumps(_hf_config(config), indent=2))
     _write_tokenizer(folder, config)
     preprocessor = json.loads((MINIATURE / "preprocessor_config.json").read_text())
@@ -106,6 +126,18 @@ def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(MINIATURE / name, folder / name)
+
+
+def _groups(blocks: Iterator[Block], size: int) -> Iterator[list[Block]]:
+    while group := list(islice(blocks, size)):
+        yield group
+
+
+def _drawn(block: Block) -> bytes:
+    seed, tensor, start, count, scale, offset = block
+    rng = np.random.default_rng((seed, tensor, start))
+    values = rng.standard_normal(count, np.float32) * np.float32(scale) + np.float32(offset)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
 
 
 def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
