@@ -1,6 +1,7 @@
 """transformers on the same random checkpoint, in BF16, one request at a time, with its static cache.
 
-On a GPU `generate` compiles the steps over such a cache; the row says whether it did. Where that fails, the reason stands in the row, and the dynamic cache without compilation is measured all the same.
+On a GPU `generate` compiles the steps over such a cache; the row says whether it did. Where that fails, the reason
+stands in the row, and the dynamic cache is measured all the same.
 """
 
 from __future__ import annotations
