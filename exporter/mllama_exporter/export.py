@@ -31,6 +31,7 @@ from mllama_exporter.graphs import (
     weights_attached,
 )
 from mllama_exporter.ort_graphs import ort_graph_from_graph
+from mllama_exporter.sampling_graphs import greedy_graph_from_config, sampler_graph_from_config
 from mllama_exporter.text_files import write_text_files
 from mllama_exporter.weights import WeightSpec, WeightsReport, write_weights
 
@@ -119,12 +120,14 @@ def tool_versions(names: Sequence[str]) -> dict[str, str]:
 def saved_graphs(
     graphs: Mapping[GraphKey, ir.Model], writer: BundleWriter, config: ModelConfig
 ) -> dict[GraphKey, GraphSpec]:
-    """Each standard graph, its weights attached, and its ONNX Runtime twins over the same weights file."""
+    """Each standard graph, its weights attached, its ONNX Runtime twins over the same weights, and the samplers."""
     models: dict[GraphKey, tuple[str, ir.Model]] = {}
     for key, standard in graphs.items():
         models[key] = f"{key}.onnx", standard
         models[cast(GraphKey, f"{key}_ort")] = f"{key}.ort.onnx", ort_graph_from_graph(standard, config)
     models["decoder_cuda"] = "decoder.cuda.onnx", ort_graph_from_graph(graphs["decoder"], config, for_cuda=True)
+    models["greedy"] = "greedy.onnx", greedy_graph_from_config(config)
+    models["sampler"] = "sampler.onnx", sampler_graph_from_config(config)
     specs: dict[GraphKey, GraphSpec] = {}
     for key, (file, model) in models.items():
         ir.save(model, writer.path / file)

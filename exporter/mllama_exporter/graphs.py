@@ -26,7 +26,8 @@ from mllama_exporter.modules import Decoder, VisionEncoder
 from mllama_exporter.modules.text import inverse_frequencies
 
 OPSET = 24  # the first with TensorScatter and with Attention's nonpad_kv_seqlen
-_PRODUCER = "mllama-deploy"
+IR_VERSION = 10
+PRODUCER = "mllama-deploy"
 
 
 def vision_graph_from_config(config: ModelConfig, dtype: torch.dtype) -> ir.Model:
@@ -169,5 +170,6 @@ def _finished(
     model.metadata_props.clear()
     graph.metadata_props.clear()
     graph.name, graph.doc_string = name, None
-    model.producer_name, model.producer_version, model.doc_string = _PRODUCER, None, None
+    model.ir_version, model.producer_name, model.producer_version = IR_VERSION, PRODUCER, None
+    model.doc_string = None
     return model

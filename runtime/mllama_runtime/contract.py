@@ -1,4 +1,4 @@
-"""The public names and shapes of the two graphs: what the exporter makes and what a back end expects to find.
+"""The public names and shapes of the graphs: what the exporter makes and what a back end expects to find.
 
 A string in a shape is a symbol; a multiple of one is written "1601*num_tiles". See the graphs' modules for meanings.
 """
@@ -60,6 +60,19 @@ def decoder_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
     outputs: Shapes = {"logits": ("batch", "num_logits", text.vocab_size)}
     outputs |= dict.fromkeys(_key_value_names("present", text.self_attention_layers), cache)
     return inputs, outputs
+
+
+def greedy_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Inputs and outputs of `greedy.onnx`, in order: next tokens, in the shape of the decoder's `input_ids`."""
+    return {"logits": ("rows", config.text.vocab_size)}, {"token_ids": ("rows", 1), "status": ("rows",)}
+
+
+def sampler_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
+    """Inputs and outputs of `sampler.onnx`, in order."""
+    full: Shape = ("rows", config.text.vocab_size)
+    inputs: Shapes = dict.fromkeys(("logits", "counts", "in_prompt", "bias", "noise"), full)
+    inputs["options"] = ("rows", len(SAMPLER_OPTIONS))
+    return inputs, {"token_ids": ("rows", 1), "status": ("rows",), "present_counts": full}
 
 
 def _key_value_names(prefix: str, layers: tuple[int, ...]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mllama_runtime.backends.private_trt import TensorRTBackend
 from mllama_runtime.bundle import Bundle
+from mllama_runtime.device import GraphName, ProfileName
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import dump_json, load_json, parse
 from mllama_runtime.manifest import EngineEntry, Manifest, Precision
@@ -21,8 +22,13 @@ ENGINE_SCHEMA_VERSION = 1
 RECORD_NAME = "engine.json"
 MAX_RECORD_BYTES = 64 * 2**20
 
-EngineGraph = Literal["vision", "decoder"]
-ENGINE_GRAPHS: tuple[EngineGraph, ...] = ("vision", "decoder")
+# The graphs that engines are made of, and their profiles in TensorRT's order.
+PROFILES: Mapping[GraphName, tuple[ProfileName, ...]] = {
+    "vision": ("images",),
+    "decoder": ("prefill", "decode", "text_prefill", "text_decode"),
+    "greedy": ("rows",),
+    "sampler": ("rows",),
+}
 Check = Literal["caches", "attention", "positions", "precision", "inputs"]
 
 
@@ -51,7 +57,7 @@ class EngineInputs:
     backend: TensorRTBackend
     version: str
     compute_capabilities: tuple[str, ...]
-    graphs: Mapping[EngineGraph, str]
+    graphs: Mapping[GraphName, str]
     weights: Mapping[str, str]
     limits: Limits
     strip_weights: bool
@@ -76,7 +82,7 @@ class ShapeRange:
 class Profile:
     """A range of shapes that kernels were chosen for; its place in the list is TensorRT's index."""
 
-    name: Literal["images", "prefill", "decode", "text_prefill", "text_decode"]
+    name: ProfileName
     shapes: Mapping[str, ShapeRange]
 
 
@@ -102,7 +108,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class GraphEngine:
-    """One engine file of the two. weights_bytes and activation_bytes: device memory, as TensorRT reports it."""
+    """One engine file. weights_bytes and activation_bytes: device memory, as TensorRT reports it."""
 
     file: str
     size_bytes: int
@@ -121,7 +127,7 @@ class EngineRecord:
     key: str
     inputs: EngineInputs
     precision: Precision
-    engines: Mapping[EngineGraph, GraphEngine]
+    engines: Mapping[GraphName, GraphEngine]
     schema_version: int = ENGINE_SCHEMA_VERSION
 
     @classmethod
@@ -138,9 +144,9 @@ class EngineRecord:
         record = parse(cls, value, where=where, error=BundleError)
         if record.key != record.inputs.key():
             raise _refused("the engine's key is not that of its inputs", where, record.inputs.key(), record.key)
-        if missing := [graph for graph in ENGINE_GRAPHS if graph not in record.engines]:
+        if missing := [graph for graph in PROFILES if graph not in record.engines]:
             raise _refused(
-                "an engine is missing", where, expected=" and ".join(ENGINE_GRAPHS), found=f"no {missing[0]}"
+                "an engine is missing", where, expected=", ".join(PROFILES), found=f"no {missing[0]}"
             )
         return record
 
@@ -156,7 +162,7 @@ class Engine:
     bundle: Bundle
     record: EngineRecord
 
-    def read(self, graph: EngineGraph) -> bytes:
+    def read(self, graph: GraphName) -> bytes:
         """The bytes of one engine file, hashed: what is checked is what is used, whoever writes the file meanwhile.
 
         Raises:
@@ -176,9 +182,9 @@ class Engine:
         return data
 
 
-def graph_hashes(manifest: Manifest) -> dict[EngineGraph, str]:
+def graph_hashes(manifest: Manifest) -> dict[GraphName, str]:
     """SHA-256 of the graphs that engines are made from."""
-    return {graph: manifest.files[manifest.graphs[graph].file].sha256 for graph in ENGINE_GRAPHS}
+    return {graph: manifest.files[manifest.graphs[graph].file].sha256 for graph in PROFILES}
 
 
 def weights_hashes(manifest: Manifest) -> dict[str, str]:

@@ -26,6 +26,7 @@ BasePrecision = Literal["fp32", "fp16", "bf16"]
 QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
 Precision = Literal[BasePrecision, QuantizedPrecision]
 GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort", "decoder_cuda", "greedy", "sampler"]
+_REQUIRED_GRAPHS: tuple[GraphKey, ...] = ("vision", "decoder", "greedy", "sampler")
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 
 
@@ -189,7 +190,10 @@ class _Check:
         self.files("source.files", manifest.source.files)
         self.need(MANIFEST_NAME not in manifest.files, "the manifest lists itself", "files")
         self.need(
-            {"vision", "decoder"} <= manifest.graphs.keys(), "a graph is missing", "graphs", expected="vision, decoder"
+            manifest.graphs.keys() >= set(_REQUIRED_GRAPHS),
+            "a graph is missing",
+            "graphs",
+            expected=", ".join(_REQUIRED_GRAPHS),
         )
         for key, graph in manifest.graphs.items():
             self.graph(f"graphs.{key}", graph)

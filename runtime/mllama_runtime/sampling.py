@@ -38,6 +38,8 @@ _OPTIONAL_INTEGERS: dict[str, tuple[int, float, str]] = {
     "seed": (0, 2**64 - 1, "none or a whole number from 0 to 2**64 - 1"),
     "logprobs": (0, MAX_LOGPROBS, f"none or a whole number from 0 to {MAX_LOGPROBS}"),
 }
+_BITS_OF_ONE = np.float64(1).view(np.uint64)
+_NOISE_PIECE = 8192  # words
 _TOKEN_ID = (0, math.inf, "a list of token ids, whole numbers of at least 0")
 _BIAS_SHAPE = "a mapping from token ids to numbers from -100 to 100, each id once"
 
@@ -174,9 +176,23 @@ def gumbel_noise(seed: int, step: int, token_ids: NDArray[np.int64]) -> NDArray[
         [n] float64.
     """
     words = np.random.Philox(key=seed, counter=step << 64).random_raw(int(token_ids.max()) + 1)[token_ids]
-    noise = (words >> np.uint64(12)).astype(np.float64)
-    noise += 0.5  # in place from here on: fresh pages cost more than the arithmetic
-    noise *= 2.0**-52
+    return _noise_from_words(words)
+
+
+def write_gumbel_noise(out: NDArray[np.float32], seed: int, step: int) -> None:
+    """`gumbel_noise` of a whole vocabulary, rounded: [vocab]. In pieces, for fresh pages cost more than arithmetic."""
+    stream = np.random.Philox(key=seed, counter=step << 64)
+    for start in range(0, out.size, _NOISE_PIECE):
+        piece = out[start : start + _NOISE_PIECE]
+        piece[:] = _noise_from_words(stream.random_raw(piece.size))
+
+
+def _noise_from_words(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """In place. 52 bits behind the exponent of 1 are the number 1 + (word >> 12) / 2**52: the quick way to a float."""
+    words >>= np.uint64(12)
+    words |= _BITS_OF_ONE
+    noise = words.view(np.float64)
+    noise -= 1 - 2.0**-53
     for _ in range(2):
         np.negative(np.log(noise, out=noise), out=noise)
     return noise
@@ -202,7 +218,7 @@ def truncated(scores: NDArray[np.float32], params: SamplingParams) -> tuple[NDAr
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the likeliest to minus infinity
         log_weights /= params.temperature
     if params.top_p < 1:
-        kept = _nucleus(np.exp(log_weights), params.top_p)
+        kept = _nucleus(log_weights, params.top_p)
         token_ids, log_weights = token_ids[kept], log_weights[kept]
     if params.min_p > 0:
         kept = np.flatnonzero(log_weights >= math.log(params.min_p))
@@ -210,12 +226,16 @@ def truncated(scores: NDArray[np.float32], params: SamplingParams) -> tuple[NDAr
     return token_ids, log_weights
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Positions of the fewest largest weights that hold `top_p` of their sum; among equals the first come first."""
+def _nucleus(log_weights: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Positions of the fewest largest weights that hold `top_p` of their sum; among equals the first come first.
+
+    They are ordered by their logarithms, which differ where a huge temperature makes weights round to the same.
+    """
+    weights = np.exp(log_weights)
     total = weights.sum()
     # Whatever weighs less than an equal share of the tail's mass is all tail, so only the rest need be sorted.
     head = np.flatnonzero(weights >= (1 - top_p) * total / weights.size)
-    head = head[np.argsort(-weights[head], kind="stable")]
+    head = head[np.argsort(-log_weights[head], kind="stable")]
     return head[: int(np.searchsorted(np.cumsum(weights[head]), top_p * total)) + 1]
 
 

@@ -64,6 +64,8 @@ MANIFEST = Manifest(
             ),
             GRAPH_IO["outputs"],
         ),
+        "greedy": GraphSpec("vision.onnx", **GRAPH_IO),  # there must be one
+        "sampler": GraphSpec("vision.onnx", **GRAPH_IO),
     },
     files={},
     tools={"mllama-deploy": "0.1.0", "onnx": "1.23.2"},

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.engine_record import (
+    PROFILES,
     RECORD_NAME,
     EngineInputs,
     EngineRecord,
@@ -28,7 +29,7 @@ from mllama_runtime.manifest import EngineEntry, Validation
 
 from ._bundle import list_files, make_bundle
 
-CONTENT = {"vision": b"native code 1", "decoder": b"native code 2"}
+CONTENT = {graph: f"native code {index}".encode() for index, graph in enumerate(PROFILES, start=1)}
 
 
 def inputs_of(bundle: Bundle, **changes: object) -> EngineInputs:
@@ -71,7 +72,7 @@ def add(bundle: Bundle, record: EngineRecord, content: dict[str, bytes] = CONTEN
     for graph, data in content.items():
         (folder / f"{graph}.engine").write_bytes(data)
     (folder / RECORD_NAME).write_bytes(record.to_json())
-    files = tuple(f"engines/{record.key}/{name}" for name in ("vision.engine", "decoder.engine", RECORD_NAME))
+    files = tuple(f"engines/{record.key}/{name}" for name in (*(f"{graph}.engine" for graph in content), RECORD_NAME))
     return bundle.add_engine(folder, EngineEntry(record.key, record.inputs.backend, files))
 
 
@@ -172,7 +173,7 @@ def test_an_engine_of_other_weights_is_refused(bundle: Bundle) -> None:
 
 
 def test_an_engine_of_another_graph_is_refused(bundle: Bundle) -> None:
-    add(bundle, record_of(inputs_of(bundle, graphs={"vision": "1" * 64, "decoder": "2" * 64})))
+    add(bundle, record_of(inputs_of(bundle, graphs={graph: f"{index}" * 64 for index, graph in enumerate(PROFILES)})))
     with pytest.raises(BundleError, match="built from other graphs or weights"):
         find(bundle)
 

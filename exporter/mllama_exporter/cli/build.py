@@ -26,6 +26,8 @@ _STEPS = {
     "checking": "checking the bundle",
     "vision": "building the vision engine",
     "decoder": "building the decoder engine",
+    "greedy": "building the greedy sampler's engine",
+    "sampler": "building the sampler's engine",
 }
 
 
@@ -87,7 +89,7 @@ _STEPS = {
 )
 @json_option
 def command(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Build the vision and the decoder graph of BUNDLE into engines, check their structure, and keep them in BUNDLE.
+    """Build the graphs of BUNDLE into engines, check their structure, and keep them in BUNDLE.
 
     An engine depends on the graphs, the weights, the TensorRT version and these options: building again with the same
     does nothing. The graphs stay as they are, and so does the verdict of `mllama validate`.

@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mllama_runtime.config import ModelConfig
-from mllama_runtime.engine_record import EngineGraph, Finding, Kernel, Profile
+from mllama_runtime.device import GraphName
+from mllama_runtime.engine_record import Finding, Kernel, Profile
 from mllama_runtime.errors import GateError
 
 from mllama_exporter.engines.network import Network, is_cross, nodes_in, tensors_in, tensors_out
 
 
 def findings_from_network(
-    network: Network, graph: EngineGraph, model: ModelConfig, *, low_precision: bool
+    network: Network, graph: GraphName, model: ModelConfig, *, low_precision: bool
 ) -> tuple[Finding, ...]:
     """Every check.
 
@@ -28,7 +29,7 @@ def findings_from_network(
         GateError: the network fails one; the layer or tensor is named.
     """
     vision = model.vision.num_layers + model.vision.num_global_layers
-    expected = vision if graph == "vision" else model.text.num_layers
+    expected = {"vision": vision, "decoder": model.text.num_layers}.get(graph, 0)
     return (
         _caches(network),
         _attention(network, expected, low_precision),
@@ -61,6 +62,8 @@ def _attention(network: Network, expected: int, low_precision: bool) -> Finding:
     loose = [attention.name for attention in attentions if attention.decomposable and not is_cross(attention)]
     if loose and low_precision:
         raise _broken(network, f"{loose[0]} may be decomposed")
+    if not attentions:
+        return Finding("attention", "no attentions")
     kind = "decomposed, for FP32 has no kernel of its own" if loose else "each one kernel"
     return Finding("attention", f"{expected} attentions, {kind}")
 

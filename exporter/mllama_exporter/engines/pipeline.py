@@ -10,11 +10,11 @@ from pathlib import Path
 
 from mllama_runtime.backends.private_trt import TensorRT, tensorrt_from_backend
 from mllama_runtime.bundle import Bundle
+from mllama_runtime.device import GraphName
 from mllama_runtime.disk import disk_faults, partial_path, write_whole
 from mllama_runtime.engine_record import (
-    ENGINE_GRAPHS,
+    PROFILES,
     RECORD_NAME,
-    EngineGraph,
     EngineInputs,
     EngineRecord,
     GraphEngine,
@@ -49,7 +49,7 @@ class BuiltEngine:
 def engine_for_bundle(
     path: Path, options: EngineOptions, progress: Progress = lambda step, done, total: None
 ) -> BuiltEngine:
-    """Build both graphs of a bundle into engines, check them, and add them to the bundle.
+    """Build the graphs of a bundle into engines, check them, and add them to the bundle.
 
     Raises:
         EnvironmentFault: the TensorRT package, its libraries or a GPU is missing.
@@ -71,7 +71,7 @@ def engine_for_bundle(
         Bundle.open(path, full=True, engines=False)  # the key promises the weights' hashes
         engines = {
             graph: _graph_engine(trt, bundle, graph, inputs, folder, options.timing_cache, progress)
-            for graph in ENGINE_GRAPHS
+            for graph in PROFILES
         }
         record = EngineRecord(key, inputs, bundle.manifest.precision, engines)
         with disk_faults(bundle.root):
@@ -84,7 +84,7 @@ def engine_for_bundle(
 def _graph_engine(
     trt: TensorRT,
     bundle: Bundle,
-    graph: EngineGraph,
+    graph: GraphName,
     inputs: EngineInputs,
     folder: Path,
     timing_cache: Path | None,
@@ -95,7 +95,7 @@ def _graph_engine(
     with trt.logged() as log:
         builder = trt.api.Builder(trt.logger)
         network = network_from_graph(trt, builder, bundle.path(spec.file), inputs.limits.max_seq_len, log)
-        low = low_precision(bundle.manifest)
+        low = low_precision(bundle.manifest) and graph in ("vision", "decoder")  # sampling is in float32 anywhere
         findings = findings_from_network(network, graph, bundle.manifest.model, low_precision=low)
         engine = engine_from_network(
             network,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from mllama_runtime.backends.private_trt import TensorRT, TensorRTBackend, gpu_compute_capabilities
 from mllama_runtime.contract import MAX_LOGITS
+from mllama_runtime.device import GraphName
 from mllama_runtime.engine_record import (
-    EngineGraph,
+    PROFILES,
     EngineInputs,
     Limits,
     Profile,
@@ -19,7 +20,7 @@ from mllama_runtime.engine_record import (
 from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.manifest import GraphSpec, Manifest
 
-RULES = 2  # count up when the same inputs no longer give the same engine
+RULES = 3  # count up when the same inputs no longer give the same engine
 DEFAULT_MAX_SEQ_LEN = 8192
 
 
@@ -113,17 +114,18 @@ def compute_capability_names(inputs: EngineInputs, trt: TensorRT) -> list[str]:
     return [_known_targets(trt)[name] for name in inputs.compute_capabilities] if trt.flavour.builds_without_gpu else []
 
 
-def profiles_from_limits(graph: EngineGraph, spec: GraphSpec, limits: Limits) -> tuple[Profile, ...]:
-    """The optimisation profiles of a graph: one for pictures, or those for a chunk of a prompt and for single tokens.
+def profiles_from_limits(graph: GraphName, spec: GraphSpec, limits: Limits) -> tuple[Profile, ...]:
+    """The optimisation profiles of a graph: one, or the decoder's for a chunk of a prompt and for single tokens.
 
     A profile of one token alone lets TensorRT choose its matrix-vector kernels. In the text profiles no row has a
     picture, so TensorRT leaves the cross-attention layers out. All profiles share one copy of the weights.
     """
     batch, tiles, chunk = limits.max_batch, limits.max_tiles, limits.prefill_chunk
-    if graph == "vision":
-        return (Profile("images", _ranges(spec, {"images": (1, 1, batch)}, limits)),)
-    # Prompts go row by row. The profiles must agree on whether the batch is fixed, though, or TensorRT-RTX lays out packed
-    # weights for each anew, and keeps both.
+    if graph != "decoder":
+        (name,) = PROFILES[graph]
+        return (Profile(name, _ranges(spec, {name: (1, 1, batch)}, limits)),)
+    # Prompts go row by row. The profiles must agree on whether the batch is fixed, though, or TensorRT-RTX lays out
+    # packed weights for each anew, and keeps both.
     prompt = {"batch": (1, 1, min(2, batch)), "seq": (1, chunk, chunk), "num_logits": (1, 1, min(MAX_LOGITS, chunk))}
     token = {"batch": (1, batch, batch), "seq": (1, 1, 1), "num_logits": (1, 1, 1)}
     text = {"cross_rows": (0, 0, 0), "num_tiles": (1, 1, 1)}

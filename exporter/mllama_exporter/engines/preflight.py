@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.disk import disk_faults
-from mllama_runtime.engine_record import ENGINE_GRAPHS
+from mllama_runtime.engine_record import PROFILES
 from mllama_runtime.errors import ResourceError
 from mllama_runtime.onnxfile import external_tensors
 
@@ -28,13 +28,13 @@ class Estimate:
 
 
 def estimate_from_bundle(bundle: Bundle) -> Estimate:
-    """Graphs are built one after the other, so memory is that of the larger one; the disk takes both.
+    """Graphs are built one after the other, so memory is that of the largest; the disk takes all.
 
     Raises:
         BundleError: a graph cannot be read.
     """
     weights = []
-    for graph in ENGINE_GRAPHS:
+    for graph in PROFILES:
         tensors = external_tensors(bundle.path(bundle.manifest.graphs[graph].file))
         weights.append(sum({(tensor.location, tensor.offset): tensor.length for tensor in tensors}.values()))
     return Estimate(

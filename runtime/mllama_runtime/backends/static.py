@@ -15,13 +15,11 @@ from mllama_runtime.backends.pictures import StaticFeatures
 from mllama_runtime.backends.slots import Loaded, StaticSlots
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.contract import vision_shapes
-from mllama_runtime.device import Device, GraphName, ProgramLoader, Stream
-from mllama_runtime.engine_record import Limits
+from mllama_runtime.device import Device, ProgramLoader, Stream
+from mllama_runtime.engine_record import PROFILES, Limits
 from mllama_runtime.errors import ResourceError, UsageError
 from mllama_runtime.memory import MemoryPlan, gigabytes, memory_plan
 from mllama_runtime.preprocessing import ImageTiles
-
-_GRAPHS: tuple[GraphName, ...] = ("vision", "decoder", "greedy", "sampler")
 
 
 class StaticBackend:
@@ -73,7 +71,7 @@ class StaticBackend:
     def _load(self, device: Device) -> Loaded:
         compute, copies = device.stream(), device.stream()
         load = self._load_programs(device, compute)
-        programs = {graph: load(graph) for graph in _GRAPHS}
+        programs = {graph: load(graph) for graph in PROFILES}
         dtypes = programs["vision"].dtypes
         output = next(iter(vision_shapes(self._bundle.manifest.model)[1]))
         plan = memory_plan(

@@ -39,7 +39,7 @@ _ELEMENTS: Mapping[DType, Any] = {
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Where ONNX Runtime computes. device: its name in bindings. graphs: keys of those it runs, if not the graph's own."""
+    """Where ONNX Runtime computes. device: its name in bindings. graphs: keys of those with a twin of their own."""
 
     device: str
     providers: tuple[Any, ...]
