@@ -101,7 +101,7 @@ def test_steps_are_captured_and_text_alone_skips_cross_attention(engine: Engine,
     device.runs.clear()
     engine.generate("Hello", sampling=SamplingParams(max_new_tokens=30, min_new_tokens=30, temperature=1.0, seed=0))
     counts = Counter(device.runs)
-    assert counts == {"decoder text_prefill": 1, "decoder text_decode": 29, "sampler rows": 30}
+    assert counts == {"decoder text_prefill": 2, "decoder text_decode": 29, "sampler rows": 30}  # a prompt of 2 chunks
     assert device.num_captures == 1
     device.runs.clear()
     engine.generate(ASK, images=[one_tile(0)], sampling=SamplingParams(max_new_tokens=3))
@@ -151,7 +151,8 @@ def test_a_device_that_fails_ends_every_request_and_hangs_none(bundle: Bundle, o
     """Wherever it fails: loading aside, in a prompt, in a step, while a result is awaited."""
     device = HostDevice()
     backend = host_backend(bundle, limits=LIMITS, device=device)
-    requests = [Request(ASK, images=[one_tile(i)], sampling=SamplingParams(max_new_tokens=40)) for i in range(6)]
+    sampling = SamplingParams(max_new_tokens=40, min_new_tokens=40)
+    requests = [Request(ASK, images=[one_tile(i)], sampling=sampling) for i in range(6)]
     with Engine(bundle, backend) as engine:
         streams = [Stream(engine, [each]) for each in requests]
         device.fail_after = device.num_operations + operations
