@@ -21,7 +21,7 @@ from mllama_runtime.backends.slots import StaticSlots
 from mllama_runtime.contract import SAMPLER_OPTIONS
 from mllama_runtime.device import Session
 from mllama_runtime.memory import tensor_bytes
-from mllama_runtime.sampling import Sampled, Sampler, gumbel_noise, with_logprobs
+from mllama_runtime.sampling import Sampled, Sampler, with_logprobs, write_gumbel_noise
 from mllama_runtime.tokens import Outcome, Pending
 
 SamplerGraph = Literal["greedy", "sampler"]
@@ -72,7 +72,6 @@ class DeviceTokens:
         self._samplers: list[Sampler | None] = [None] * num_slots
         self._num_chosen = [0] * num_slots
         self._sessions: dict[tuple[SamplerGraph, int, bool], Session] = {}
-        self._token_ids = np.arange(self._blocks["noise"].tensors["noise"].shape[1])
 
     @property
     def max_pending(self) -> int:
@@ -184,7 +183,7 @@ class DeviceTokens:
         mirror = block.turn()["noise"]
         for row, sampler, step in rows:
             if sampler.params.temperature > 0:
-                mirror[row] = gumbel_noise(sampler.seed, step, self._token_ids)
+                write_gumbel_noise(mirror[row], sampler.seed, step)
                 block.upload_part(self._compute, mirror[row], block.row("noise", row).address)
 
     def _session(self, graph: SamplerGraph, batch: int, *, is_first: bool = False) -> Session:
