@@ -151,7 +151,7 @@ def test_the_environment_says_what_is_missing() -> None:
 def test_a_command_that_fails_is_quoted(tmp_path: Path, bundle_of) -> None:
     with pytest.raises(FailError, match=r"mllama inspect: .*absent: no such folder"):
         mllama("inspect", tmp_path / "absent")
-    assert mllama("inspect", bundle_of())["precision"] == "fp32"
+    assert mllama("inspect", bundle_of())["manifest"]["precision"] == "fp32"
 
 
 def test_a_snapshot_is_a_bundle_of_the_same_files(tmp_path: Path, bundle_of) -> None:

@@ -19,7 +19,13 @@ from mllama_runtime.cli import main
 pytest.importorskip("tensorrt_rtx")
 
 ARGS = ("--backend", "tensorrt-rtx", "--max-seq-len", "64", "--prefill-chunk", "16", "--max-batch", "1")
-SAID = ["checking the bundle", "building the vision engine", "building the decoder engine"]
+SAID = [
+    "checking the bundle",
+    "building the vision engine",
+    "building the decoder engine",
+    "building the greedy sampler's engine",
+    "building the sampler's engine",
+]
 
 
 def run(*args: object) -> Result:
@@ -48,7 +54,7 @@ def test_a_build_and_what_inspect_shows(folder: Path) -> None:
     assert stdout.count("\n") == 1
     result = json.loads(stdout)
     assert (result["bundle"], result["already_built"]) == (str(folder), False)
-    assert list(result["seconds"]) == ["checking", "vision", "decoder"]
+    assert list(result["seconds"]) == ["checking", "vision", "decoder", "greedy", "sampler"]
     assert result["peak_memory_bytes"] > 0
     record = result["record"]
 
@@ -107,7 +113,7 @@ def test_after_a_kill_the_next_build_lands(folder: Path) -> None:
     result = run("build", folder, *ARGS)
     assert result.exit_code == 0, result.output
     (entry,) = Bundle.open(folder, full=True).manifest.engines
-    assert len(entry.files) == 3
+    assert len(entry.files) == 5
 
 
 def test_a_missing_package_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from mllama_exporter.checkpoint import Checkpoint
 from mllama_exporter.engines.checks import findings_from_network
 from mllama_exporter.engines.network import network_from_graph
 from mllama_exporter.sampling_graphs import greedy_graph_from_config, sampler_graph_from_config
@@ -19,8 +20,7 @@ from mllama_runtime.errors import GateError, RequestError
 from mllama_runtime.sampling import Sampler, SamplingParams, write_gumbel_noise
 from numpy.typing import NDArray
 
-from tests.runtime._bundle import MODEL
-
+MODEL = Checkpoint.open(Path(__file__).parents[2] / "recipes" / "miniature" / "checkpoint").config
 VOCAB = 1000
 Logits = NDArray[np.float32]
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from bench.speculation import answer, is_copying, requests
 from hypothesis import given
 from hypothesis import strategies as st
 from mllama_runtime import Engine, Request, SamplingParams, UsageError
-from mllama_runtime.engine import Stream
-from mllama_runtime.evaluation.questions import Question, task_from_jsonl
+from mllama_runtime.evaluation.questions import task_from_jsonl
 from mllama_runtime.speculation import Lookup
 
 
@@ -41,51 +41,20 @@ def test_an_old_text_is_continued() -> None:
     assert text.draft(3) == ()
 
 
-def requests(questions: tuple[Question, ...]) -> list[Request]:
-    """Two of each question: as it is, some of them drawn by chance; and asked again after two turns with its answer.
-
-    The second kind copies: its answer stands in the prompt. Every other answer must be long.
-    """
-    made = []
-    for index, question in enumerate(questions):
-        parts = [{"type": "image"} for _ in question.images]
-        shown = {"role": "user", "content": [*parts, {"type": "text", "text": question.prompt}]}
-        told = {"role": "assistant", "content": question.answers[0]}
-        asked = {"role": "user", "content": question.prompt}
-        length = 24 if index % 2 else 0
-        sampling = SamplingParams(max_new_tokens=24, min_new_tokens=length)
-        by_chance = SamplingParams(max_new_tokens=24, min_new_tokens=length, temperature=0.8, top_p=0.95, seed=index)
-        made.append(
-            Request(question.prompt, images=question.images, sampling=by_chance if index % 5 == 0 else sampling)
-        )
-        made.append(Request([shown, told, asked, told, asked], images=question.images, sampling=sampling))
-    return made
-
-
-def answers(bundle: Path, asked: list[Request], speculate: int) -> tuple[list[tuple[tuple[int, ...], str]], list[int]]:
-    """Token ids and text of each, alone, and the steps that the decoder took for it."""
-    found, steps = [], []
-    with Engine.load(bundle, backend="cpu", num_threads=1, speculate=speculate) as engine:
-        for request in asked:
-            with Stream(engine, [request]) as stream:
-                for _ in stream:
-                    pass
-                generation = stream.generation()
-                found.append((generation.token_ids, generation.text))
-                steps.append(stream._loop.num_steps)
-    return found, steps
-
-
 def test_the_same_answers_in_fewer_steps(bundle_of: Callable[..., Path], questions_of: Callable[..., Path]) -> None:
     task = task_from_jsonl(questions_of("held_out", 250))
     asked = requests(task.questions)
     assert len(asked) == 500
-    plain, plain_steps = answers(bundle_of(), asked, 0)
-    drafted, drafted_steps = answers(bundle_of(), asked, 8)
-    assert drafted == plain
-    assert plain_steps == [len(token_ids) - 1 for token_ids, _ in plain]
+    with (
+        Engine.load(bundle_of(), backend="cpu", num_threads=1) as plain,
+        Engine.load(bundle_of(), backend="cpu", num_threads=1, speculate=8) as drafting,
+    ):
+        expected, found = ([answer(engine, request)[:3] for request in asked] for engine in (plain, drafting))
+    assert [each[:2] for each in found] == [each[:2] for each in expected]
+    plain_steps, drafted_steps = ([num_steps for _, _, num_steps in each] for each in (expected, found))
+    assert plain_steps == [len(token_ids) - 1 for token_ids, _, _ in expected]
     assert all(after <= before for before, after in zip(plain_steps, drafted_steps, strict=True))
-    copying = [index for index, request in enumerate(asked) if not isinstance(request.prompt, str)]
+    copying = [index for index, request in enumerate(asked) if is_copying(request)]
     assert sum(drafted_steps[index] for index in copying) < 0.6 * sum(plain_steps[index] for index in copying)
 
 

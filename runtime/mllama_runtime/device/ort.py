@@ -57,7 +57,12 @@ def cuda_provider(stream: Stream) -> Provider:
         found = f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}"
         hint = 'run: pip uninstall onnxruntime && pip install "mllama-deploy[cuda]"'
         raise EnvironmentFault("ONNX Runtime cannot use a GPU", found=found, hint=hint)
-    options = {"device_id": "0", "user_compute_stream": str(stream.handle), "arena_extend_strategy": "kSameAsRequested"}
+    options = {
+        "device_id": "0",
+        "user_compute_stream": str(stream.handle),
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",  # FP32 products of 10 bits would not be what FP32 is validated as
+    }
     return Provider("cuda", (("CUDAExecutionProvider", options), "CPUExecutionProvider"), {"decoder": "decoder_cuda"})
 
 
