@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.engine_record import Limits
 from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.preprocessing import ImageTiles
 
 if TYPE_CHECKING:
+    from mllama_runtime.engine_record import Limits
     from mllama_runtime.memory import MemoryPlan
     from mllama_runtime.tokens import TokenSlots
 
