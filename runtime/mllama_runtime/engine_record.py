@@ -145,9 +145,7 @@ class EngineRecord:
         if record.key != record.inputs.key():
             raise _refused("the engine's key is not that of its inputs", where, record.inputs.key(), record.key)
         if missing := [graph for graph in PROFILES if graph not in record.engines]:
-            raise _refused(
-                "an engine is missing", where, expected=", ".join(PROFILES), found=f"no {missing[0]}"
-            )
+            raise _refused("an engine is missing", where, expected=", ".join(PROFILES), found=f"no {missing[0]}")
         return record
 
     def to_json(self) -> bytes:
