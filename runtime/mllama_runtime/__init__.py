@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mllama_runtime.decode import TokenEvent
     from mllama_runtime.engine import EncodedImage, Engine, Generation, Request, Stream, Timings, Usage
+    from mllama_runtime.engine_record import Limits
     from mllama_runtime.errors import (
         BundleError,
         CheckpointError,
@@ -41,6 +42,7 @@ __all__ = [
     "Generation",
     "ImageError",
     "InputError",
+    "Limits",
     "MllamaError",
     "Request",
     "RequestError",
@@ -56,6 +58,7 @@ __all__ = [
 _HOMES = {
     "decode": ("TokenEvent",),
     "engine": ("EncodedImage", "Engine", "Generation", "Request", "Stream", "Timings", "Usage"),
+    "engine_record": ("Limits",),
     "errors": tuple(name for name in __all__ if name.endswith(("Error", "Fault"))),
     "sampling": ("SamplingParams",),
 }

@@ -20,6 +20,7 @@ from mllama_runtime.bundle import Bundle
 from mllama_runtime.chat import ChatTemplate, messages_from, tools_from
 from mllama_runtime.contract import MAX_LOGITS
 from mllama_runtime.decode import FinishReason, Row, TokenEvent
+from mllama_runtime.engine_record import Limits
 from mllama_runtime.errors import BundleError, MllamaError, RequestError, UsageError
 from mllama_runtime.fields import load_json, parse
 from mllama_runtime.images import ImageSource, load_image
@@ -145,27 +146,31 @@ class Engine:
         num_threads: int | None = None,
         verify: Literal["full", "quick"] = "full",
         speculate: int = 0,
+        limits: Limits | None = None,
     ) -> Engine:
         """Open a bundle.
 
         Args:
             bundle: its folder.
-            backend: "cpu", or "auto" for the best one installed.
+            backend: "cpu", "cuda", "tensorrt", "tensorrt-rtx", or "auto": TensorRT where there are a GPU and engines
+                for it in the bundle, else the CPU.
             num_threads: CPU threads; by default all the process may use.
             verify: "full" hashes every file against the manifest before anything is loaded; "quick" compares sizes
                 and headers, for a service that ran `mllama verify` before.
             speculate: tokens of a draft that is taken from the text so far and checked in one step, while one request
                 runs alone; 0 makes none. The answer is the same; copying answers take fewer steps.
+            limits: slots, tokens and tiles that "cuda" plans memory for, by default four slots of at most 8,192 tokens
+                and one picture each; an engine has those it was built for.
 
         Raises:
             BundleError: the bundle is missing, damaged or of another version.
-            EnvironmentFault: no back end is installed.
+            EnvironmentFault: the back end's package, or a GPU, is missing.
             UsageError: an argument is none of the above.
         """
         if verify not in ("full", "quick"):
             raise UsageError("unknown check", where="verify", expected="full or quick", found=repr(verify))
         opened = Bundle.open(Path(bundle), full=verify == "full")
-        return cls(opened, backend_from_bundle(opened, backend, num_threads), speculate=speculate)
+        return cls(opened, backend_from_bundle(opened, backend, num_threads, limits=limits), speculate=speculate)
 
     def __enter__(self) -> Self:
         self._backend.__enter__()
@@ -184,7 +189,7 @@ class Engine:
 
     @property
     def backend_name(self) -> str:
-        """What runs the graphs: "cpu"."""
+        """What runs the graphs, such as "cpu" or "tensorrt-rtx"."""
         return self._backend.name
 
     def memory(self) -> MemoryPlan:

@@ -13,6 +13,7 @@ from typing import Literal
 
 from mllama_runtime.backends.private_trt import TensorRTBackend
 from mllama_runtime.bundle import Bundle
+from mllama_runtime.config import ModelConfig
 from mllama_runtime.device import GraphName, ProfileName
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import dump_json, load_json, parse
@@ -44,6 +45,12 @@ class Limits:
     max_seq_len: int
     prefill_chunk: int
     max_tiles: int
+
+
+def default_limits(model: ModelConfig) -> Limits:
+    """Four rows of at most 8,192 tokens and one picture each."""
+    max_seq_len = min(8192, model.text.max_seq_len)
+    return Limits(4, max_seq_len, min(512, max_seq_len), model.vision.max_num_tiles)
 
 
 @dataclass(frozen=True, slots=True)

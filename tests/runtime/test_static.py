@@ -140,7 +140,7 @@ def test_a_larger_picture_moves_the_others_apart(engine: Engine, plain: Engine) 
 def test_too_little_memory_is_told_with_the_plan(bundle: Bundle) -> None:
     small = HostDevice(total_bytes=10**6)
     backend = host_backend(bundle, limits=LIMITS, device=small)
-    with pytest.raises(ResourceError, match=r"not enough device memory: expected [\d.]+ MB.*found 1.0 MB") as caught:
+    with pytest.raises(ResourceError, match=r"not enough memory: expected [\d.]+ MB.*found 1.0 MB") as caught:
         backend.__enter__()
     assert caught.value.exit_code == 5
     assert small.is_closed

@@ -118,7 +118,7 @@ def command(bundle: Path, as_json: bool, **options: Any) -> None:
 def _summary(built: BuiltEngine, steps: Steps) -> str:
     lines = [f"{'already built' if built.already_built else 'built'}: {built.bundle.root}/engines/{built.record.key}"]
     for graph, engine in built.record.engines.items():
-        profiles = " and ".join(profile.name for profile in engine.profiles)
+        profiles = ", ".join(profile.name for profile in engine.profiles)
         lines.append(f"  {graph}: {shown_bytes(engine.size_bytes)}, {len(engine.kernels)} kernels for {profiles}")
         lines += [f"    {finding.check:<9}  {finding.detail}" for finding in engine.findings]
     if not built.already_built:

@@ -44,7 +44,7 @@ def engine_from_network(
     config.profiling_verbosity = trt.api.ProfilingVerbosity.DETAILED  # names, and the launches told at the end
     flags = trt.api.BuilderFlag
     config.clear_flag(flags.TF32)  # FP32 products of 10 bits would not be what FP32 is validated as
-    if hasattr(flags, "REQUIRE_USER_ALLOCATION"):  # without it TensorRT-RTX allocates in a step, which cannot be captured
+    if hasattr(flags, "REQUIRE_USER_ALLOCATION"):  # or TensorRT-RTX allocates in a step, which cannot be captured
         config.set_flag(flags.REQUIRE_USER_ALLOCATION)
     if inputs.strip_weights:
         config.set_flag(flags.STRIP_PLAN)

@@ -14,6 +14,7 @@ from mllama_runtime.engine_record import (
     Limits,
     Profile,
     ShapeRange,
+    default_limits,
     graph_hashes,
     weights_hashes,
 )
@@ -21,7 +22,6 @@ from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.manifest import GraphSpec, Manifest
 
 RULES = 3  # count up when the same inputs no longer give the same engine
-DEFAULT_MAX_SEQ_LEN = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ def inputs_from_options(options: EngineOptions, manifest: Manifest, trt: TensorR
         EnvironmentFault: the back end needs a GPU to do this, and there is none.
     """
     model = manifest.model
-    max_seq_len = options.max_seq_len or min(DEFAULT_MAX_SEQ_LEN, model.text.max_seq_len)
+    default = default_limits(model)
+    max_seq_len = options.max_seq_len or default.max_seq_len
     if max_seq_len > model.text.max_seq_len:
         raise UsageError(
             "longer than the model's positions",
@@ -55,7 +56,7 @@ def inputs_from_options(options: EngineOptions, manifest: Manifest, trt: TensorR
             expected=f"at most {model.text.max_seq_len}",
             found=max_seq_len,
         )
-    num_tiles, max_tiles = model.vision.max_num_tiles, options.max_tiles or model.vision.max_num_tiles
+    num_tiles, max_tiles = model.vision.max_num_tiles, options.max_tiles or default.max_tiles
     if max_tiles % num_tiles:
         expected = f"a multiple of {num_tiles}, the tiles of one picture with its padding"
         raise UsageError("not whole pictures", where="--max-tiles", expected=expected, found=max_tiles)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mllama_runtime.backends.private_trt import TENSORRT_BACKENDS, gpu_compute_capabilities, is_installed
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.preprocessing import ImageTiles
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from mllama_runtime.tokens import TokenSlots
 
 PREFILL_CHUNK = 512  # tokens; bounds the memory of a prefill's activations where no engine's limits do
-BACKENDS = ("auto", "cpu")
+BACKENDS = ("auto", "cpu", "cuda", *TENSORRT_BACKENDS)
 
 
 class Features(Protocol):
@@ -85,7 +86,9 @@ class Backend(Protocol):
     """
 
     name: str
-    limits: Limits | None
+
+    @property
+    def limits(self) -> Limits | None: ...
 
     def __enter__(self) -> Self: ...
 
@@ -113,14 +116,45 @@ class Backend(Protocol):
         ...
 
 
-def backend_from_bundle(bundle: Bundle, name: str, num_threads: int | None) -> Backend:
-    """The back end of that name, not yet entered. Raises UsageError, EnvironmentFault."""
+def backend_from_bundle(bundle: Bundle, name: str, num_threads: int | None, *, limits: Limits | None = None) -> Backend:
+    """The back end of that name, not yet entered.
+
+    Args:
+        name: one of BACKENDS. "auto" is TensorRT where there are a GPU and engines for it in the bundle, else the CPU.
+        num_threads: of the CPU.
+        limits: what the "cuda" back end plans memory for; engines have their own, and the CPU none.
+
+    Raises:
+        UsageError: an unknown name, or limits for another back end.
+        EnvironmentFault: what the back end needs is missing.
+        BundleError: the bundle has no engine that can be used.
+    """
     if name not in BACKENDS:
         raise UsageError("unknown back end", where="backend", expected=" or ".join(BACKENDS), found=repr(name))
+    if limits is not None and name != "cuda":
+        raise UsageError("only for the back end cuda", where="limits", found=name)
+    chosen = _best(bundle) if name == "auto" else name
+    for backend in TENSORRT_BACKENDS:
+        if chosen == backend:
+            from mllama_runtime.backends.gpu import tensorrt_backend
+
+            return tensorrt_backend(bundle, backend)
     try:
+        if chosen == "cuda":
+            from mllama_runtime.backends.gpu import cuda_backend
+
+            return cuda_backend(bundle, limits)
         from mllama_runtime.backends.ort import OrtBackend
     except ImportError as error:
-        raise EnvironmentFault(
-            "no back end is installed", found=str(error), hint='run: pip install "mllama-deploy[cpu]"'
-        ) from error
+        hint = f'run: pip install "mllama-deploy[{chosen}]"'
+        raise EnvironmentFault("ONNX Runtime is not installed", where=chosen, found=error, hint=hint) from error
     return OrtBackend(bundle, num_threads)
+
+
+def _best(bundle: Bundle) -> str:
+    """A GPU with engines is not left aside silently: where just the package is missing, that will be said."""
+    built_for = {entry.backend for entry in bundle.manifest.engines}
+    engines = [backend for backend in TENSORRT_BACKENDS if backend in built_for]
+    if not engines or not gpu_compute_capabilities():
+        return "cpu"
+    return next(filter(is_installed, engines), engines[0])

@@ -7,7 +7,7 @@ Their Python API is the same but for what `Flavour` says. Nothing here or above 
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,6 +128,11 @@ def tensorrt_from_backend(backend: TensorRTBackend) -> TensorRT:
     if not hasattr(api, "Builder"):  # an empty folder of that name is a module too
         raise _broken(flavour, "it has no Builder")
     return TensorRT(flavour, api)
+
+
+def is_installed(backend: TensorRTBackend) -> bool:
+    """Whether its package is there, loadable or not."""
+    return importlib.util.find_spec(_FLAVOURS[backend].module) is not None
 
 
 def gpu_compute_capabilities() -> tuple[str, ...]:

@@ -5,7 +5,7 @@ It runs over any device and programs (`mllama_runtime.device`): TensorRT and ONN
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +15,7 @@ from mllama_runtime.backends.pictures import StaticFeatures
 from mllama_runtime.backends.slots import Loaded, StaticSlots
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.contract import vision_shapes
-from mllama_runtime.device import Device, ProgramLoader, Stream
+from mllama_runtime.device import Device, GraphName, Program, ProgramLoader, Stream
 from mllama_runtime.engine_record import PROFILES, Limits
 from mllama_runtime.errors import ResourceError, UsageError
 from mllama_runtime.memory import MemoryPlan, gigabytes, memory_plan
@@ -71,27 +71,39 @@ class StaticBackend:
     def _load(self, device: Device) -> Loaded:
         compute, copies = device.stream(), device.stream()
         load = self._load_programs(device, compute)
-        programs = {graph: load(graph) for graph in PROFILES}
-        dtypes = programs["vision"].dtypes
+        free, total = device.memory()
+        programs: dict[GraphName, Program] = {}
+        try:
+            for graph in PROFILES:
+                programs[graph] = load(graph)
+            plan = self._plan(programs)
+            if plan.device_bytes - plan.weights_bytes > device.memory()[0]:
+                raise ResourceError("it does not fit")
+            blocks = {region.name: Block(device, region) for region in plan.regions}
+            workspace = device.allocate(plan.workspace_bytes)
+        except ResourceError as fault:
+            left = [graph for graph in PROFILES if graph not in programs]
+            beside = f", and the weights of {' and '.join(left)}" if left else ""
+            raise ResourceError(
+                "not enough memory",
+                where=device.name,
+                expected=f"{self._plan(programs)}{beside}",
+                found=f"{gigabytes(total)}, {gigabytes(free)} of them free before loading ({fault})",
+                hint="build with a smaller --max-batch or --max-seq-len, or in a smaller precision",
+            ) from fault
+        return Loaded(device, compute, copies, programs, blocks, workspace, plan)
+
+    def _plan(self, programs: Mapping[GraphName, Program]) -> MemoryPlan:
+        """Of these programs, which may not be all."""
         output = next(iter(vision_shapes(self._bundle.manifest.model)[1]))
-        plan = memory_plan(
+        built = next(spec.dtype for spec in self._bundle.manifest.graphs["vision"].outputs if spec.name == output)
+        return memory_plan(
             self._bundle.manifest.model,
             self.limits,
-            cache_dtype=dtypes[output],
+            cache_dtype=programs["vision"].dtypes[output] if programs else built,
             weights_bytes=sum(program.weights_bytes for program in programs.values()),
-            workspace_bytes=max(program.workspace_bytes for program in programs.values()),
+            workspace_bytes=max((program.workspace_bytes for program in programs.values()), default=0),
         )
-        free, total = device.memory()
-        if plan.device_bytes - plan.weights_bytes > free:
-            raise ResourceError(
-                "not enough device memory",
-                where=device.name,
-                expected=str(plan),
-                found=f"{gigabytes(total)}, {gigabytes(free + plan.weights_bytes)} of them free before loading",
-                hint="build with a smaller --max-batch or --max-seq-len, or in a smaller precision",
-            )
-        blocks = {region.name: Block(device, region) for region in plan.regions}
-        return Loaded(device, compute, copies, programs, blocks, device.allocate(plan.workspace_bytes), plan)
 
     def memory(self) -> MemoryPlan:
         """Every byte this back end has taken."""

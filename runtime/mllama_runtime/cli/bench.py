@@ -9,10 +9,11 @@ from pathlib import Path
 
 import click
 
-from mllama_runtime.backends import BACKENDS, backend_from_bundle
+from mllama_runtime.backends import BACKENDS, PREFILL_CHUNK, backend_from_bundle
 from mllama_runtime.bench import Measured, bench
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
+from mllama_runtime.engine_record import Limits
 
 _COLUMNS = ("what", "ms", "tokens/s", "GB/s")
 _EXAMPLE = example(
@@ -64,13 +65,15 @@ def command(
     opened = Bundle.open(bundle)
     model = opened.manifest.model
     cache_len = min(cache_len, model.text.max_seq_len)
-    with backend_from_bundle(opened, backend, threads) as session:
+    tiles = tiles or tuple(sorted({0, 1, model.vision.max_num_tiles}))
+    asked = Limits(max(batches), cache_len, min(PREFILL_CHUNK, cache_len), model.vision.max_num_tiles)
+    with backend_from_bundle(opened, backend, threads, limits=asked if backend == "cuda" else None) as session:
         rows = list(
             bench(
                 opened,
                 session,
                 batches=batches,
-                tiles=tiles or sorted({0, 1, model.vision.max_num_tiles}),
+                tiles=tiles,
                 prompt_len=min(prompt_len, cache_len),
                 cache_len=cache_len,
                 steps=steps,

@@ -47,16 +47,16 @@ class Provider:
     num_threads: int = 1
 
 
-def cuda_provider(stream: Stream) -> Provider:
-    """The first GPU, working in the caller's stream.
-
-    Raises:
-        EnvironmentFault: this ONNX Runtime has no CUDA provider.
-    """
+def need_cuda_provider() -> None:
+    """Raises EnvironmentFault where this ONNX Runtime has no CUDA provider."""
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         found = f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}"
         hint = 'run: pip uninstall onnxruntime && pip install "mllama-deploy[cuda]"'
         raise EnvironmentFault("ONNX Runtime cannot use a GPU", found=found, hint=hint)
+
+
+def cuda_provider(stream: Stream) -> Provider:
+    """The first GPU, working in the caller's stream."""
     options = {
         "device_id": "0",
         "user_compute_stream": str(stream.handle),

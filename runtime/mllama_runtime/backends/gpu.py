@@ -1,0 +1,47 @@
+"""The back ends on an NVIDIA GPU: a bundle's TensorRT engines, or its graphs in ONNX Runtime's CUDA provider.
+
+What is missing is said before anything is loaded, in this order: a package, a driver or GPU, an engine.
+"""
+
+from __future__ import annotations
+
+from mllama_runtime.backends.private_trt import TensorRTBackend, gpu_compute_capabilities, tensorrt_from_backend
+from mllama_runtime.backends.static import StaticBackend
+from mllama_runtime.bundle import Bundle
+from mllama_runtime.device.cuda import cuda_driver, open_cuda_device
+from mllama_runtime.device.trt import trt_programs
+from mllama_runtime.engine_record import Limits, default_limits, engine_from_bundle
+
+
+def tensorrt_backend(bundle: Bundle, name: TensorRTBackend) -> StaticBackend:
+    """The newest engine of that back end that fits the bundle, the installed TensorRT and the GPU.
+
+    Raises:
+        EnvironmentFault: TensorRT, cuda-bindings, a driver or a GPU is missing or too old.
+        BundleError: there is no such engine, and why.
+    """
+    trt = tensorrt_from_backend(name)
+    cuda_driver()
+    engine = engine_from_bundle(
+        bundle, name, version=trt.version, compute_capability=next(iter(gpu_compute_capabilities()), None)
+    )
+    return StaticBackend(bundle, name, engine.record.inputs.limits, open_cuda_device, trt_programs(engine, trt))
+
+
+def cuda_backend(bundle: Bundle, limits: Limits | None) -> StaticBackend:
+    """ONNX Runtime's CUDA provider. limits: what memory is planned for; by default `default_limits`.
+
+    Raises:
+        EnvironmentFault: onnxruntime-gpu, cuda-bindings, a driver or a GPU is missing or too old.
+    """
+    from mllama_runtime.device.ort import cuda_provider, need_cuda_provider, ort_programs
+
+    need_cuda_provider()
+    cuda_driver()
+    return StaticBackend(
+        bundle,
+        "cuda",
+        limits or default_limits(bundle.manifest.model),
+        open_cuda_device,
+        lambda _, stream: ort_programs(bundle, cuda_provider(stream)),
+    )
