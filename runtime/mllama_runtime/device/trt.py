@@ -40,9 +40,8 @@ def trt_programs(engine: Engine, trt: TensorRT) -> Callable[[Device, Stream], Pr
             with trt.logged() as log:
                 loaded = runtime.deserialize_cuda_engine(data)
                 if loaded is None:
-                    raise _fault(
-                        log, BundleError("TensorRT cannot load the engine", where=file, found=log.last_error())
-                    )
+                    fault = BundleError("TensorRT cannot load the engine", where=file, found=log.last_error())
+                    raise _fault(log, fault)
                 if engine.record.inputs.strip_weights:
                     _fill_in(trt, loaded, engine, graph, log)
             if engine.record.inputs.weight_streaming:  # as much of them stays on the device as there is room for
