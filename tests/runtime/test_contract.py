@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpu.environment import environment
 from host_device import host_backend
 from mllama_runtime import Engine, Request, RequestError, SamplingParams
 from mllama_runtime.backends import Backend, backend_from_bundle
@@ -37,6 +38,8 @@ FP16_TOLERANCE = 0.02
 def pair(request: pytest.FixtureRequest, bundle_of, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     """An engine on the back end under test, beside the plain one; both open."""
     name = request.param
+    if name in ON_GPU and (missing := environment()["backends"][name]["missing"]):
+        pytest.skip(missing)
     bundle = bundle_of("fp32" if name in TOLERANCE else "fp16")
     if name.startswith("tensorrt"):
         from mllama_exporter.engines import EngineOptions, engine_for_bundle
@@ -45,7 +48,10 @@ def pair(request: pytest.FixtureRequest, bundle_of, tmp_path_factory: pytest.Tem
         limits = {"max_batch": 4, "max_seq_len": 160, "prefill_chunk": 32, "max_tiles": 8}
         engine_for_bundle(bundle, EngineOptions(name, **limits))
     opened = Bundle.open(bundle)
-    backend = host_backend(opened, limits=LIMITS) if name == "host double" else backend_from_bundle(opened, name, 1)
+    if name == "host double":
+        backend: Backend = host_backend(opened, limits=LIMITS)
+    else:
+        backend = backend_from_bundle(opened, name, 1, limits=LIMITS if name == "cuda" else None)
     with Engine.load(bundle, backend="cpu", num_threads=1) as plain, Engine(opened, backend) as engine:
         yield Pair(name, engine, backend, plain)
 
