@@ -16,7 +16,7 @@ from mllama_runtime.errors import EnvironmentFault
 
 _QUERY = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
 _PACKAGES = (
-    *("cuda-core", "cuda-bindings", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu"),
+    *("cuda-bindings", "numpy", "onnx", "onnxruntime", "onnxruntime-gpu"),
     *("torch", "transformers", "ml-dtypes"),
 )
 

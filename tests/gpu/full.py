@@ -20,6 +20,7 @@ from gpu.runner import Context, Row, SkipError, Step
 from gpu.small import BACKENDS, MINIATURE, need_backend
 from mllama_exporter.checkpoint import expected_tensors
 from mllama_runtime.config import ModelConfig
+from mllama_runtime.device.cuda import open_cuda_device
 from mllama_runtime.engine_record import Limits
 from mllama_runtime.manifest import BasePrecision, DType, Precision
 from mllama_runtime.memory import memory_plan
@@ -163,11 +164,11 @@ def _build(model: Model, precision: Precision, backend: str, max_batch: int, con
 
 def need_device_memory(model: Model, precision: Precision, max_batch: int) -> None:
     """Raises SkipError, with the arithmetic, when weights and caches cannot fit the GPU; activations come on top."""
-    from cuda.bindings import runtime
-
-    error, _, total = runtime.cudaMemGetInfo()
-    if error != runtime.cudaError_t.cudaSuccess:
-        raise SkipError(f"the GPU's memory cannot be asked for: {error.name}")
+    device = open_cuda_device()
+    try:
+        _, total = device.memory()
+    finally:
+        device.close()
     if reason := beyond_memory(model, precision, max_batch, total):
         raise SkipError(reason)
 

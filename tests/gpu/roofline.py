@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from gpu.runner import Context, Row, Step
+from mllama_runtime.device.cuda import open_cuda_device
 
 _COPY_BYTES = 2 * 2**30  # far beyond any cache
 _SIZE = 8192  # of the square matrices
@@ -43,7 +44,7 @@ def _roofline(context: Context) -> list[Row]:
     for name, product in _KINDS.items():
         row: Row = {"what": name, "unit": "operations/s", "rate": None, "reason": None}
         try:
-            row["rate"] = 2 * _SIZE**3 / _seconds(torch, product(torch))
+            row["rate"] = 2 * _SIZE**3 / _seconds(product(torch), torch.cuda.synchronize)
         except Exception as error:  # kernels that a GPU or a version of torch lacks show in many ways
             row["reason"] = f"{type(error).__name__}: {error}"[:300]
         rows.append(row)
@@ -52,23 +53,12 @@ def _roofline(context: Context) -> list[Row]:
 
 def _copy() -> float:
     """Bytes a second, read and written."""
-    from cuda.core import Device, EventOptions
-
-    device = Device(0)
-    device.set_current()
-    stream = device.create_stream()
-    timed = EventOptions(timing_enabled=True)
-    source, target = (device.allocate(_COPY_BYTES, stream=stream) for _ in range(2))
-    times = []
-    for _ in range(_REPEATS):
-        start = stream.record(options=timed)
-        source.copy_to(target, stream=stream)
-        end = stream.record(options=timed)
-        end.sync()
-        times.append((end - start) / 1e3)
-    for buffer in (source, target):
-        buffer.close(stream)
-    return 2 * _COPY_BYTES / median(times)
+    device = open_cuda_device()
+    try:
+        stream, source, target = device.stream(), device.allocate(_COPY_BYTES), device.allocate(_COPY_BYTES)
+        return 2 * _COPY_BYTES / _seconds(lambda: stream.copy(target, source, _COPY_BYTES), stream.synchronize)
+    finally:
+        device.close()
 
 
 def _dense(dtype: str) -> Callable[[Any], Callable[[], object]]:
@@ -98,13 +88,13 @@ _KINDS: dict[str, Callable[[Any], Callable[[], object]]] = {
 }
 
 
-def _seconds(torch: Any, work: Callable[[], object]) -> float:
+def _seconds(work: Callable[[], object], synchronize: Callable[[], object]) -> float:
     times = []
     for index in range(_REPEATS + 5):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         work()
-        torch.cuda.synchronize()
+        synchronize()
         if index >= 5:
             times.append(time.perf_counter() - start)
     return median(times)

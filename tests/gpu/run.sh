@@ -9,7 +9,7 @@
 # Without a GPU: exit 4.
 #
 # Python packages: those of `mllama-deploy[export,dev]`, and of the back ends to be tried: tensorrt-cu13,
-# tensorrt-rtx-cu13, onnxruntime-gpu (in the place of onnxruntime), cuda-core and cuda-bindings. A machine without a
+# tensorrt-rtx-cu13, onnxruntime-gpu (in the place of onnxruntime), and cuda-bindings. A machine without a
 # package registry gets them as wheels: on another one, `python -m pip download --only-binary=:all: --python-version 3.12
 # --platform manylinux_2_28_x86_64 -d wheels PACKAGE...`; carry the folder over, split into parts where files are limited
 # in size; there, `python -m pip install --no-index --no-deps --target site wheels/*.whl`, and PYTHONPATH=site.
