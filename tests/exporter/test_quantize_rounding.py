@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mllama_exporter.quantize.calibration import ChannelStatistics
 from mllama_exporter.quantize.rounding import dequantized, quantized, row_scales
@@ -61,6 +61,7 @@ def test_stored_bytes_are_what_onnx_reads(scheme, dtype: str) -> None:
 def test_scales_are_finite_and_positive_whatever_the_rows(seed: int, spread: float) -> None:
     weight = weights(seed, spread=spread)
     weight[0] = 0
+    assume(np.abs(weight).max() < 7 * np.finfo(np.float16).max)  # or int4 has no scale in FP16, and is refused
     for scheme in SCHEMES.values():
         scales = row_scales(weight, scheme, "F16")
         assert (scales > 0).all()
