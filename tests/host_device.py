@@ -225,8 +225,9 @@ class HostSession:
         self._done_with: dict[str, Tensor] = {}
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
-        for tensor in tensors.values():
+        for name, tensor in tensors.items():
             self._device.view(tensor.address, tensor.num_bytes)
+            assert tensor.address % _ALIGNMENT == 0, f"{name} is not aligned as TensorRT wants it"
         self._bound = dict(tensors)
 
     def run(self, stream: Stream) -> None:
