@@ -18,7 +18,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
-from mllama_runtime.config import ModelConfig, TextConfig, VisionConfig
+from mllama_runtime.config import ModelConfig, VisionConfig
 from mllama_runtime.errors import CheckpointError, UsageError
 from mllama_runtime.fields import show
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
@@ -230,8 +230,10 @@ def truncate(config: ModelConfig, num_layers: int) -> ModelConfig:
 
 def expected_tensors(config: ModelConfig) -> dict[str, Shape]:
     """Every tensor of a model with its shape, under its published name."""
-    shapes = {f"vision_model.{name}": shape for name, shape in _vision_tensors(config.vision).items()}
-    shapes |= {f"language_model.{name}": shape for name, shape in _text_tensors(config.text).items()}
+    text = {f"language_model.{name}": shape for name, shape in _text_tensors(config).items()}
+    if config.is_text_only:
+        return text
+    shapes = {f"vision_model.{name}": shape for name, shape in _vision_tensors(config.vision).items()} | text
     shapes["multi_modal_projector.weight"] = (config.text.hidden_size, config.vision.output_dim)
     shapes["multi_modal_projector.bias"] = (config.text.hidden_size,)
     return shapes
@@ -263,15 +265,16 @@ def _vision_tensors(vision: VisionConfig) -> dict[str, Shape]:
     return shapes
 
 
-def _text_tensors(text: TextConfig) -> dict[str, Shape]:
+def _text_tensors(config: ModelConfig) -> dict[str, Shape]:
+    text = config.text
     hidden, kv_size = text.hidden_size, text.num_kv_heads * text.head_dim
     shapes: dict[str, Shape] = {
         "model.embed_tokens.weight": (text.num_embeddings, hidden),
         "model.norm.weight": (hidden,),
         "lm_head.weight": (text.vocab_size, hidden),
     }
-    for layer in range(text.num_layers):
-        prefix, cross = f"model.layers.{layer}", layer in text.cross_attention_layers
+    for layer in sorted((*text.self_attention_layers, *config.cross_layers)):
+        prefix, cross = f"model.layers.{layer}", layer in config.cross_layers
         attention = f"{prefix}.cross_attn" if cross else f"{prefix}.self_attn"
         shapes |= {f"{attention}.{name}_proj.weight": (hidden, hidden) for name in "qo"}
         shapes |= {f"{attention}.{name}_proj.weight": (kv_size, hidden) for name in "kv"}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, cast
 
@@ -51,13 +51,15 @@ class ExportOptions:
     """What the user chose.
 
     num_layers: keep only the first layers of the decoder, for debugging. clamp: clip what is beyond FP16's range
-    instead of refusing it.
+    instead of refusing it. text_only: leave out the vision tower and the cross-attention layers; what remains is the
+    text model that Llama 3.2 Vision was made from.
     """
 
     precision: ExportPrecision = "fp32"
     mask_semantics: MaskSemantics = "hf"
     num_layers: int | None = None
     clamp: bool = False
+    text_only: bool = False
 
 
 def bundle_from_checkpoint(
@@ -73,6 +75,7 @@ def bundle_from_checkpoint(
     """
     checkpoint = Checkpoint.open(folder)
     config = checkpoint.config if options.num_layers is None else truncate(checkpoint.config, options.num_layers)
+    config = replace(config, is_text_only=options.text_only)
     checkpoint.check(config)
     with BundleWriter(output, not_inside=folder) as writer:
         write_text_files(folder, writer, config)
@@ -98,7 +101,9 @@ def bundle_from_checkpoint(
 def _traced(config: ModelConfig, options: ExportOptions, progress: Progress) -> dict[GraphKey, ir.Model]:
     dtype = _TORCH_DTYPES[options.precision]
     progress("tracing", 0, 2)
-    graphs: dict[GraphKey, ir.Model] = {"vision": vision_graph_from_config(config, dtype)}
+    graphs: dict[GraphKey, ir.Model] = {}
+    if not config.is_text_only:
+        graphs["vision"] = vision_graph_from_config(config, dtype)
     progress("tracing", 1, 2)
     graphs["decoder"] = decoder_graph_from_config(config, dtype, options.mask_semantics)
     progress("tracing", 2, 2)

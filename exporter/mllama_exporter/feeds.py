@@ -41,21 +41,21 @@ def decoder_inputs(
     text, seq = model.text, len(token_ids)
     cache = np.zeros((1, text.num_kv_heads, seq, text.head_dim), np.float32)
     past = {f"past_{kind}_{layer}": cache for layer in text.self_attention_layers for kind in ("key", "value")}
-    if not tiles:
-        blank = np.zeros((1, text.num_kv_heads, model.vision.num_patches, text.head_dim), np.float32)
-        names = [f"cross_{kind}_{layer}" for layer in text.cross_attention_layers for kind in ("key", "value")]
-        cross = [dict.fromkeys(names, blank)]
-    mask = padded_visibility(visibility, tiles) if tiles else np.zeros((seq, 1), np.bool_)
-    return {
+    inputs = {
         "input_ids": np.array([token_ids]),
         "write_indices": np.array([0]),
         "kv_lengths": np.array([seq]),
         "logits_indices": np.array([[seq - 1]]),
-        "cross_attention_mask": mask[None],
-        "has_image": np.array([bool(tiles)]),
-        **past,
-        **joined(cross),
     }
+    if model.is_text_only:
+        return inputs | past
+    if not tiles:
+        blank = np.zeros((1, text.num_kv_heads, model.vision.num_patches, text.head_dim), np.float32)
+        names = [f"cross_{kind}_{layer}" for layer in model.cross_layers for kind in ("key", "value")]
+        cross = [dict.fromkeys(names, blank)]
+    mask = padded_visibility(visibility, tiles) if tiles else np.zeros((seq, 1), np.bool_)
+    seen = {"cross_attention_mask": mask[None], "has_image": np.array([bool(tiles)])}
+    return inputs | seen | past | joined(cross)
 
 
 def padded_visibility(visibility: NDArray[np.bool_], tiles: Sequence[ImageTiles]) -> NDArray[np.bool_]:

@@ -51,15 +51,14 @@ def decoder_graph_from_config(config: ModelConfig, dtype: torch.dtype, mask_sema
     inputs, outputs = decoder_shapes(config)
     batch, seq, num_logits, cache_len = Dim("batch"), Dim("seq"), Dim("num_logits"), Dim("cache_len")
     cross_rows, num_tiles = Dim("cross_rows"), Dim("num_tiles")
-    num_past, num_cross = 2 * len(text.self_attention_layers), 2 * len(text.cross_attention_layers)
+    num_past, num_cross = 2 * len(text.self_attention_layers), 2 * len(config.cross_layers)
     with _fake_weights(dtype):
         module = Decoder(config, mask_semantics)
         arguments = (
             torch.zeros(5, 3, dtype=torch.int64),
             *(torch.zeros(5, dtype=torch.int64) for _ in range(2)),
             torch.zeros(5, 4, dtype=torch.int64),
-            torch.zeros(5, 3, 2, dtype=torch.bool),
-            torch.zeros(5, dtype=torch.bool),
+            None if config.is_text_only else (torch.zeros(5, 3, 2, dtype=torch.bool), torch.zeros(5, dtype=torch.bool)),
             [torch.zeros(5, text.num_kv_heads, 16, text.head_dim, dtype=dtype) for _ in range(num_past)],
             [torch.zeros(2, text.num_kv_heads, 2 * num_patches, text.head_dim, dtype=dtype) for _ in range(num_cross)],
         )
@@ -67,8 +66,7 @@ def decoder_graph_from_config(config: ModelConfig, dtype: torch.dtype, mask_sema
             {0: batch, 1: seq},
             *({0: batch} for _ in range(2)),
             {0: batch, 1: num_logits},
-            {0: batch, 1: seq, 2: num_tiles},
-            {0: batch},
+            None if config.is_text_only else ({0: batch, 1: seq, 2: num_tiles}, {0: batch}),
             [{0: batch, 2: cache_len}] * num_past,
             [{0: cross_rows, 2: num_patches * num_tiles}] * num_cross,
         )

@@ -41,7 +41,8 @@ def ort_graph_from_graph(standard: ir.Model, config: ModelConfig, *, for_cuda: b
     if cached:
         if config.text.head_dim % _HEAD_MULTIPLE == 0:  # otherwise the standard operators stay
             _use_group_query_attention(model.graph, cached, config)
-        _use_matrix_products(model.graph, [node for node in attentions if node not in cached], config)
+        if cross := [node for node in attentions if node not in cached]:
+            _use_matrix_products(model.graph, cross, config)
         RemoveUnusedNodesPass()(model)  # the mask over the cache
     if any(node.domain == _CONTRIB for node in model.graph):
         model.opset_imports[_CONTRIB] = 1

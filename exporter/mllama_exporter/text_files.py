@@ -37,7 +37,8 @@ def write_text_files(folder: Path, writer: BundleWriter, config: ModelConfig) ->
             lambda: ChatTemplate(template, special_tokens=tokenizer.special_tokens, token_variables=variables),
         )
         _write(writer, "chat_template.jinja", template)
-    _write_json(writer, "preprocessor.json", _preprocessor(folder, config).to_dict())
+    if not config.is_text_only:
+        _write_json(writer, "preprocessor.json", _preprocessor(folder, config).to_dict())
     eos_token_ids = _eos_token_ids(folder, config)
     _write_json(writer, "generation.json", {"eos_token_ids": eos_token_ids, "token_variables": variables})
     for path in sorted(folder.iterdir()):

@@ -98,7 +98,8 @@ def bench(
         expected = f"at most half of the cache's {cache_len} positions, less {_WARM_UP}"
         raise UsageError("more steps than the cache has room for", where="steps", expected=expected, found=steps)
     largest = model.vision.max_num_tiles
-    if limits is None:  # elsewhere the vision graph runs when a prompt needs the picture, and is part of that
+    # Elsewhere the vision graph runs when a prompt needs the picture, and is part of that.
+    if limits is None and not model.is_text_only:
         seconds = _median_seconds(lambda: backend.encode(sample_tiles(model)), repeats=5)
         yield Measured("vision", 1, largest, 0, seconds)
     for num_tiles in tiles:

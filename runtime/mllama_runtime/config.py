@@ -63,7 +63,7 @@ class RopeConfig:
 
 @dataclass(frozen=True, slots=True)
 class TextConfig:
-    """The decoder: self-attention layers with cross-attention layers at `cross_attention_layers`."""
+    """The decoder: self-attention layers, and cross-attention layers at `cross_attention_layers`."""
 
     vocab_size: int
     hidden_size: int
@@ -93,11 +93,17 @@ class TextConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """A whole model."""
+    """A whole model; of a text-only one the vision tower and the cross-attention layers have been left out."""
 
     vision: VisionConfig
     text: TextConfig
     image_token_id: int
+    is_text_only: bool = False
+
+    @property
+    def cross_layers(self) -> tuple[int, ...]:
+        """The cross-attention layers that are there."""
+        return () if self.is_text_only else self.text.cross_attention_layers
 
 
 _MAX_SIZE = 2**20  # of any size without a limit of its own: far beyond every model, far below any trouble

@@ -35,14 +35,14 @@ def vision_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
     }
     rows = vision.max_num_tiles * vision.num_patches
     key_value: Shape = ("images", text.num_kv_heads, rows, text.head_dim)
-    return inputs, dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), key_value)
+    return inputs, dict.fromkeys(_key_value_names("cross", config.cross_layers), key_value)
 
 
 def decoder_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
     """Inputs and outputs of `decoder.onnx`, in order.
 
     The first cross_rows rows of the batch may have pictures; the others are text, and cost the cross-attention layers
-    nothing.
+    nothing. A text-only model takes nothing of pictures.
     """
     text = config.text
     cache: Shape = ("batch", text.num_kv_heads, "cache_len", text.head_dim)
@@ -52,11 +52,11 @@ def decoder_shapes(config: ModelConfig) -> tuple[Shapes, Shapes]:
         "write_indices": ("batch",),
         "kv_lengths": ("batch",),
         "logits_indices": ("batch", "num_logits"),
-        "cross_attention_mask": ("batch", "seq", "num_tiles"),
-        "has_image": ("batch",),
     }
+    if not config.is_text_only:
+        inputs |= {"cross_attention_mask": ("batch", "seq", "num_tiles"), "has_image": ("batch",)}
     inputs |= dict.fromkeys(_key_value_names("past", text.self_attention_layers), cache)
-    inputs |= dict.fromkeys(_key_value_names("cross", text.cross_attention_layers), cross)
+    inputs |= dict.fromkeys(_key_value_names("cross", config.cross_layers), cross)
     outputs: Shapes = {"logits": ("batch", "num_logits", text.vocab_size)}
     outputs |= dict.fromkeys(_key_value_names("present", text.self_attention_layers), cache)
     return inputs, outputs

@@ -26,7 +26,7 @@ from mllama_runtime.fields import load_json, parse
 from mllama_runtime.images import ImageSource, load_image
 from mllama_runtime.loop import Loop, answer
 from mllama_runtime.memory import MemoryPlan
-from mllama_runtime.preprocessing import PreprocessorConfig, preprocess
+from mllama_runtime.preprocessing import ImageTiles, PreprocessorConfig, preprocess
 from mllama_runtime.prompt import Prompt, image_visibility, prompt_from_messages, prompt_from_text
 from mllama_runtime.sampling import Sampler, SamplingParams
 from mllama_runtime.streaming import TextStream
@@ -131,9 +131,7 @@ class Engine:
             GenerationConfig, _json(bundle, "generation.json"), where="generation.json", error=BundleError
         )
         self._template = _template(bundle, self.tokenizer, self._generation)
-        self.preprocessor = PreprocessorConfig.from_dict(
-            _json(bundle, "preprocessor.json"), bundle.path("preprocessor.json")
-        )
+        self.preprocessor = None if self.model.is_text_only else _preprocessor(bundle)
         self._backend, self._is_open, self._speculate = backend, False, speculate
         self._loop: Loop | None = None
 
@@ -228,6 +226,12 @@ class Engine:
         """Run the vision graph on a picture once, for any number of prompts. Raises ImageError."""
         return self._encode(image, _Clock())
 
+    def tiles(self, image: ImageSource) -> ImageTiles:
+        """A picture as the vision graph takes it. Raises ImageError, and RequestError where the model is text-only."""
+        if self.preprocessor is None:
+            raise _no_pictures()
+        return preprocess(load_image(image), self.preprocessor)
+
     def prompt(self, request: Request) -> Prompt:
         """The request's token ids and pictures, as the model will see them. Raises RequestError."""
         if not isinstance(request.images, list | tuple):  # an array or a string would be taken apart into pictures
@@ -284,7 +288,7 @@ class Engine:
             return image
         self._require_open()
         start = time.perf_counter()
-        tiles = preprocess(load_image(image), self.preprocessor)  # type: ignore[arg-type]
+        tiles = self.tiles(image)  # type: ignore[arg-type]
         encoding = time.perf_counter()
         features = self._backend.encode(tiles)
         clock.preprocess_seconds += encoding - start
@@ -311,6 +315,8 @@ class Engine:
         return loop
 
     def _check_pictures(self, prompt: Prompt) -> None:
+        if prompt.images and self.model.is_text_only:
+            raise _no_pictures()
         limits, num_tiles = self._backend.limits, self.model.vision.max_num_tiles
         if limits and len(prompt.images) * num_tiles > limits.max_tiles:
             expected = f"at most {limits.max_tiles // num_tiles}, which the engine was built for"
@@ -434,6 +440,15 @@ class Stream:
             logprobs=None if self._requests[index].sampling.logprobs is None else tuple(self._logprobs[index]),
             notices=self._prompts[index].notices,
         )
+
+
+def _no_pictures() -> RequestError:
+    hint = "ask without pictures, or export the checkpoint without --text-only"
+    return RequestError("the model is text-only, and sees no pictures", where="images", hint=hint)
+
+
+def _preprocessor(bundle: Bundle) -> PreprocessorConfig:
+    return PreprocessorConfig.from_dict(_json(bundle, "preprocessor.json"), bundle.path("preprocessor.json"))
 
 
 def _template(bundle: Bundle, tokenizer: Tokenizer, generation: GenerationConfig) -> ChatTemplate | None:

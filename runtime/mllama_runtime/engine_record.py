@@ -23,13 +23,6 @@ ENGINE_SCHEMA_VERSION = 1
 RECORD_NAME = "engine.json"
 MAX_RECORD_BYTES = 64 * 2**20
 
-# The graphs that engines are made of, and their profiles in TensorRT's order.
-PROFILES: Mapping[GraphName, tuple[ProfileName, ...]] = {
-    "vision": ("images",),
-    "decoder": ("prefill", "decode", "text_prefill", "text_decode"),
-    "greedy": ("rows",),
-    "sampler": ("rows",),
-}
 Check = Literal["caches", "attention", "positions", "precision", "inputs"]
 
 
@@ -45,6 +38,11 @@ class Limits:
     max_seq_len: int
     prefill_chunk: int
     max_tiles: int
+
+
+def graphs_of(model: ModelConfig) -> tuple[GraphName, ...]:
+    """The graphs that engines are made of."""
+    return ("decoder", "greedy", "sampler") if model.is_text_only else ("vision", "decoder", "greedy", "sampler")
 
 
 def default_limits(model: ModelConfig) -> Limits:
@@ -151,8 +149,9 @@ class EngineRecord:
         record = parse(cls, value, where=where, error=BundleError)
         if record.key != record.inputs.key():
             raise _refused("the engine's key is not that of its inputs", where, record.inputs.key(), record.key)
-        if missing := [graph for graph in PROFILES if graph not in record.engines]:
-            raise _refused("an engine is missing", where, expected=", ".join(PROFILES), found=f"no {missing[0]}")
+        graphs = record.inputs.graphs
+        if missing := [graph for graph in graphs if graph not in record.engines]:
+            raise _refused("an engine is missing", where, expected=", ".join(graphs), found=f"no {missing[0]}")
         return record
 
     def to_json(self) -> bytes:
@@ -189,7 +188,7 @@ class Engine:
 
 def graph_hashes(manifest: Manifest) -> dict[GraphName, str]:
     """SHA-256 of the graphs that engines are made from."""
-    return {graph: manifest.files[manifest.graphs[graph].file].sha256 for graph in PROFILES}
+    return {graph: manifest.files[manifest.graphs[graph].file].sha256 for graph in graphs_of(manifest.model)}
 
 
 def weights_hashes(manifest: Manifest) -> dict[str, str]:

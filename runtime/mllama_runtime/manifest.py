@@ -16,7 +16,7 @@ from mllama_runtime.config import MaskSemantics, ModelConfig, check_model
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import dump_json, is_clean, load_json, parse, show
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**50
@@ -26,7 +26,6 @@ BasePrecision = Literal["fp32", "fp16", "bf16"]
 QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
 Precision = Literal[BasePrecision, QuantizedPrecision]
 GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort", "decoder_cuda", "greedy", "sampler"]
-_REQUIRED_GRAPHS: tuple[GraphKey, ...] = ("vision", "decoder", "greedy", "sampler")
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 
 
@@ -188,13 +187,9 @@ class _Check:
         check_model(manifest.model, f"{self.where}: model", BundleError)
         self.files("files", manifest.files)
         self.files("source.files", manifest.source.files)
+        required = [*([] if manifest.model.is_text_only else ["vision"]), "decoder", "greedy", "sampler"]
         self.need(MANIFEST_NAME not in manifest.files, "the manifest lists itself", "files")
-        self.need(
-            manifest.graphs.keys() >= set(_REQUIRED_GRAPHS),
-            "a graph is missing",
-            "graphs",
-            expected=", ".join(_REQUIRED_GRAPHS),
-        )
+        self.need(manifest.graphs.keys() >= set(required), "a graph is missing", "graphs", expected=", ".join(required))
         for key, graph in manifest.graphs.items():
             self.graph(f"graphs.{key}", graph)
             self.listed(f"graphs.{key}.file", graph.file, manifest)

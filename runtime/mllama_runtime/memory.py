@@ -79,7 +79,7 @@ def memory_plan(
     text, vision = model.text, model.vision
     rows, tiles, chunk = limits.max_batch, limits.max_tiles, limits.prefill_chunk
     side, num_tiles, vocab = vision.image_size, vision.max_num_tiles, text.vocab_size
-    cross = [f"cross_{kind}_{layer}" for layer in text.cross_attention_layers for kind in ("key", "value")]
+    cross = [f"cross_{kind}_{layer}" for layer in model.cross_layers for kind in ("key", "value")]
     past = [f"past_{kind}_{layer}" for layer in text.self_attention_layers for kind in ("key", "value")]
 
     def caches(names: list[str], num_rows: int, length: int) -> dict[str, tuple[tuple[int, ...], DType]]:
@@ -102,14 +102,19 @@ def memory_plan(
     }
     num_pictures = tiles // num_tiles
     picture = caches(cross, 1, num_tiles * vision.num_patches)
-    regions = [
-        Region("cache", "self-attention caches", caches(past, rows, limits.max_seq_len)),
+    of_pictures = [
         Region("cross", "pictures' keys and values", caches(cross, rows, tiles * vision.num_patches)),
         *(
             Region(f"picture_{index}", f"encoded picture {index}", picture)
             for index in range(num_pictures + 1)  # those of one request, and one more for the next
         ),
         *(Region(f"pixels_{index}", f"pixels {index}", pixels, num_mirrors=1) for index in range(RING)),
+    ]
+    if num_pictures > 1:
+        of_pictures.append(Region("joined", "pictures side by side", caches(cross, 1, tiles * vision.num_patches)))
+    regions = [
+        Region("cache", "self-attention caches", caches(past, rows, limits.max_seq_len)),
+        *([] if model.is_text_only else of_pictures),
         Region(
             "prompt",
             "a chunk of a prompt",
@@ -155,8 +160,6 @@ def memory_plan(
         Region("noise", "noise of sampling", {"noise": ((rows, vocab), "float32")}, num_mirrors=RING),
         Region("first_noise", "noise of first tokens", {"noise": ((1, vocab), "float32")}, num_mirrors=RING),
     ]
-    if num_pictures > 1:
-        regions.append(Region("joined", "pictures side by side", caches(cross, 1, tiles * vision.num_patches)))
     return MemoryPlan(weights_bytes, workspace_bytes, tuple(regions))
 
 

@@ -54,7 +54,7 @@ def cache_bytes(model: ModelConfig, *, num_cached: int, num_tiles: int, dtype: D
     text = model.text
     width = 2 * text.num_kv_heads * text.head_dim * ITEM_BYTES[dtype]
     rows = num_cached * len(text.self_attention_layers)
-    rows += num_tiles * model.vision.num_patches * len(text.cross_attention_layers)
+    rows += num_tiles * model.vision.num_patches * len(model.cross_layers)
     return rows * width
 
 

@@ -59,7 +59,9 @@ class Setting:
         )
         ahead = SimpleNamespace(builds_without_gpu=flavour == "tensorrt-rtx")
         self.trt = SimpleNamespace(api=doubles, logger=None, flavour=ahead, logged=self._logged)
-        file = SimpleNamespace(file="engines/x/decoder.engine", weights_bytes=999)
+        names = ("prefill", "decode", "text_prefill", "text_decode")
+        profiles = [SimpleNamespace(name=name) for name in names]
+        file = SimpleNamespace(file="engines/x/decoder.engine", weights_bytes=999, profiles=profiles)
         inputs = SimpleNamespace(strip_weights=strip, weight_streaming=stream)
         manifest = SimpleNamespace(graphs={"decoder": SimpleNamespace(file="decoder.onnx")})
         self.engine = SimpleNamespace(

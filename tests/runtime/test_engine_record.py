@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.engine_record import (
-    PROFILES,
     RECORD_NAME,
     EngineInputs,
     EngineRecord,
@@ -29,7 +28,8 @@ from mllama_runtime.manifest import EngineEntry, Validation
 
 from ._bundle import list_files, make_bundle
 
-CONTENT = {graph: f"native code {index}".encode() for index, graph in enumerate(PROFILES, start=1)}
+GRAPHS = ("vision", "decoder", "greedy", "sampler")
+CONTENT = {graph: f"native code {index}".encode() for index, graph in enumerate(GRAPHS, start=1)}
 
 
 def inputs_of(bundle: Bundle, **changes: object) -> EngineInputs:
@@ -173,7 +173,7 @@ def test_an_engine_of_other_weights_is_refused(bundle: Bundle) -> None:
 
 
 def test_an_engine_of_another_graph_is_refused(bundle: Bundle) -> None:
-    add(bundle, record_of(inputs_of(bundle, graphs={graph: f"{index}" * 64 for index, graph in enumerate(PROFILES)})))
+    add(bundle, record_of(inputs_of(bundle, graphs={graph: f"{index}" * 64 for index, graph in enumerate(GRAPHS)})))
     with pytest.raises(BundleError, match="built from other graphs or weights"):
         find(bundle)
 
@@ -207,7 +207,7 @@ def test_an_engine_moved_to_another_bundle_is_refused(bundle: Bundle, tmp_path: 
         (lambda value: value | {"key": "0" * 64}, "not that of its inputs"),
         (lambda value: value | {"inputs": value["inputs"] | {"rules": 9}}, "not that of its inputs"),
         (lambda value: value | {"engines": {"vision": value["engines"]["vision"]}}, "found no decoder"),
-        (lambda value: value | {"engines": {}}, "found no vision"),
+        (lambda value: value | {"engines": {}}, "found no decoder"),
         (lambda value: value | {"surprise": 1}, "the field is unknown"),
         (lambda value: [value], "unknown schema version"),
     ],

@@ -125,7 +125,7 @@ def listed(path: str, **entry: object) -> Callable[[Json], None]:
 FIELDS = {
     "unknown version": (
         put("schema_version", 1),
-        "schema_version: unknown schema version: expected 2, found 1; install the mllama-deploy",
+        "schema_version: unknown schema version: expected 3, found 1; install the mllama-deploy",
     ),
     "huge version": (put("schema_version", 10**400), "unknown schema version"),
     "version of another type": (

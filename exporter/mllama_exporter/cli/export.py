@@ -51,6 +51,11 @@ _STEPS = {
     metavar="N",
     help="Keep the first N decoder layers only, to debug.",
 )
+@click.option(
+    "--text-only",
+    is_flag=True,
+    help="Leave out the vision tower and the cross-attention layers: a text model, which takes no pictures.",
+)
 @click.option("--clamp", is_flag=True, help="Cut weights beyond FP16's range to its limit instead of refusing them.")
 @json_option
 def command(checkpoint: Path, bundle: Path, as_json: bool, **options: Any) -> None:
@@ -87,13 +92,14 @@ def _result(bundle: Bundle, steps: Steps) -> dict[str, Any]:
 def _summary(bundle: Bundle, checkpoint: Path, result: dict[str, Any]) -> str:
     clamped = f", {result['num_clamped']} of them clamped" if result["num_clamped"] else ""
     took, memory = sum(result["seconds"].values()), shown_bytes(result["peak_memory_bytes"])
+    kind = "text only" if bundle.manifest.model.is_text_only else f"{result['mask_semantics']} mask semantics"
     validate = shlex.join(["mllama", "validate", str(bundle.root), "--reference", str(checkpoint)])
     return "\n".join(
         printable(line)
         for line in (
             f"{bundle.root}",
             f"  parameters  {result['num_parameters']:,}{clamped}",
-            f"  precision   {result['precision']}, {result['mask_semantics']} mask semantics",
+            f"  precision   {result['precision']}, {kind}",
             f"  size        {shown_bytes(result['size_bytes'])} in {result['num_files']} files",
             f"  took        {took:.1f} s, at most {memory} of memory",
             f"Next: {validate}",

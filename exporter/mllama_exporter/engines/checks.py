@@ -29,7 +29,8 @@ def findings_from_network(
         GateError: the network fails one; the layer or tensor is named.
     """
     vision = model.vision.num_layers + model.vision.num_global_layers
-    expected = {"vision": vision, "decoder": model.text.num_layers}.get(graph, 0)
+    decoder = len(model.text.self_attention_layers) + len(model.cross_layers)
+    expected = {"vision": vision, "decoder": decoder}.get(graph, 0)
     return (
         _caches(network),
         _attention(network, expected, low_precision),

@@ -13,7 +13,6 @@ from mllama_runtime.bundle import Bundle
 from mllama_runtime.device import GraphName
 from mllama_runtime.disk import disk_faults, partial_path, write_whole
 from mllama_runtime.engine_record import (
-    PROFILES,
     RECORD_NAME,
     EngineInputs,
     EngineRecord,
@@ -71,7 +70,7 @@ def engine_for_bundle(
         Bundle.open(path, full=True, engines=False)  # the key promises the weights' hashes
         engines = {
             graph: _graph_engine(trt, bundle, graph, inputs, folder, options.timing_cache, progress)
-            for graph in PROFILES
+            for graph in inputs.graphs
         }
         record = EngineRecord(key, inputs, bundle.manifest.precision, engines)
         with disk_faults(bundle.root):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from mllama_runtime.backends.private_trt import TensorRT, TensorRTBackend, gpu_compute_capabilities
 from mllama_runtime.contract import MAX_LOGITS
 from mllama_runtime.device import GraphName
 from mllama_runtime.engine_record import (
-    PROFILES,
     EngineInputs,
     Limits,
     Profile,
@@ -123,7 +123,7 @@ def profiles_from_limits(graph: GraphName, spec: GraphSpec, limits: Limits) -> t
     """
     batch, tiles, chunk = limits.max_batch, limits.max_tiles, limits.prefill_chunk
     if graph != "decoder":
-        (name,) = PROFILES[graph]
+        name: Literal["images", "rows"] = "images" if graph == "vision" else "rows"
         return (Profile(name, _ranges(spec, {name: (1, 1, batch)}, limits)),)
     # Prompts go row by row. The profiles must agree on whether the batch is fixed, though, or TensorRT-RTX lays out
     # packed weights for each anew, and keeps both.
@@ -131,11 +131,16 @@ def profiles_from_limits(graph: GraphName, spec: GraphSpec, limits: Limits) -> t
     token = {"batch": (1, batch, batch), "seq": (1, 1, 1), "num_logits": (1, 1, 1)}
     text = {"cross_rows": (0, 0, 0), "num_tiles": (1, 1, 1)}
     seen = {"num_tiles": (1, tiles, tiles)}
+    of_text = (
+        Profile("text_prefill", _ranges(spec, {**prompt, **text}, limits)),
+        Profile("text_decode", _ranges(spec, {**token, **text}, limits)),
+    )
+    if not any(tensor.name == "has_image" for tensor in spec.inputs):
+        return of_text
     return (
         Profile("prefill", _ranges(spec, {**prompt, **seen, "cross_rows": prompt["batch"]}, limits)),
         Profile("decode", _ranges(spec, {**token, **seen, "cross_rows": token["batch"]}, limits)),
-        Profile("text_prefill", _ranges(spec, {**prompt, **text}, limits)),
-        Profile("text_decode", _ranges(spec, {**token, **text}, limits)),
+        *of_text,
     )
 
 

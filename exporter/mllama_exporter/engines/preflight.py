@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.disk import disk_faults
-from mllama_runtime.engine_record import PROFILES
+from mllama_runtime.engine_record import graphs_of
 from mllama_runtime.errors import ResourceError
 from mllama_runtime.onnxfile import external_tensors
 
@@ -34,7 +34,7 @@ def estimate_from_bundle(bundle: Bundle) -> Estimate:
         BundleError: a graph cannot be read.
     """
     weights = []
-    for graph in PROFILES:
+    for graph in graphs_of(bundle.manifest.model):
         tensors = external_tensors(bundle.path(bundle.manifest.graphs[graph].file))
         weights.append(sum({(tensor.location, tensor.offset): tensor.length for tensor in tensors}.values()))
     return Estimate(

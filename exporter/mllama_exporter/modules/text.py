@@ -137,23 +137,23 @@ class CrossAttentionLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    """Of a text-only model the cross-attention layers are places without a layer: the others keep their numbers."""
+
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.num_embeddings, config.hidden_size)
-        self.layers = nn.ModuleList(
-            [
-                CrossAttentionLayer(config) if layer in config.cross_attention_layers else SelfAttentionLayer(config)
-                for layer in range(config.num_layers)
-            ]
-        )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        text = config.text
+        self.embed_tokens = nn.Embedding(text.num_embeddings, text.hidden_size)
+        layers: dict[int, nn.Module] = {layer: SelfAttentionLayer(text) for layer in text.self_attention_layers}
+        layers |= {layer: CrossAttentionLayer(text) for layer in config.cross_layers}
+        self.layers = nn.ModuleList([layers.get(layer, nn.Identity()) for layer in range(text.num_layers)])
+        self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
 
 class LanguageModel(nn.Module):
-    def __init__(self, config: TextConfig) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.model = TextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
 
 class Decoder(nn.Module):
@@ -164,7 +164,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, mask_semantics: MaskSemantics) -> None:
         super().__init__()
         self.config, self.mask_semantics = config, mask_semantics
-        self.language_model = LanguageModel(config.text)
+        self.language_model = LanguageModel(config)
         self.register_buffer("inv_freq", torch.empty(config.text.head_dim // 2, dtype=torch.float32))
 
     def forward(
@@ -173,31 +173,31 @@ class Decoder(nn.Module):
         write_indices: Tensor,
         kv_lengths: Tensor,
         logits_indices: Tensor,
-        cross_attention_mask: Tensor,
-        has_image: Tensor,
+        pictures: tuple[Tensor, Tensor] | None,
         past: list[Tensor],
         cross: list[Tensor],
     ) -> list[Tensor]:
         """Logits [B, L, vocab] float32, then key and value cache of every self-attention layer in turn.
 
-        input_ids [B, S], write_indices, kv_lengths [B], logits_indices [B, L], cross_attention_mask bool [B, S, T],
-        has_image bool [B]; past: key and value of each self-attention layer, [B, G, C, D]; cross: key and value of each
-        cross-attention layer, [N, G, T*P, D]. Rows from N on have no picture, so with N = 0 those layers cost nothing.
+        input_ids [B, S], write_indices, kv_lengths [B], logits_indices [B, L]; pictures: cross_attention_mask bool
+        [B, S, T] and has_image bool [B], None in a text-only model; past: key and value of each self-attention layer,
+        [B, G, C, D]; cross: key and value of each cross-attention layer, [N, G, T*P, D]. Rows from N on have no
+        picture, so with N = 0 those layers cost nothing.
         """
         x = self.language_model.model.embed_tokens(input_ids)  # [B, S, E]
         rope = self._rope(input_ids, write_indices, x.dtype)
         step = write_indices, self._self_attention_mask(kv_lengths, input_ids.shape[1], past[0].shape[2])
-        mask, keep = self._cross_attention_mask(cross_attention_mask, has_image, cross[0])
+        masks = None if pictures is None else self._cross_attention_mask(*pictures, cross[0])
         self_caches, cross_caches = (
             iter(zip(past[::2], past[1::2], strict=True)),
             iter(zip(cross[::2], cross[1::2], strict=True)),
         )
         present: list[Tensor] = []
         for layer in self.language_model.model.layers:
-            if isinstance(layer, CrossAttentionLayer):
-                seeing = layer(first_rows(x, cross[0]), *next(cross_caches), mask, keep)  # [N, S, E]
+            if isinstance(layer, CrossAttentionLayer) and masks is not None:
+                seeing = layer(first_rows(x, cross[0]), *next(cross_caches), *masks)  # [N, S, E]
                 x = with_first_rows(x, seeing)
-            else:
+            elif isinstance(layer, SelfAttentionLayer):
                 x, key, value = layer(x, rope, next(self_caches), step)
                 present += [key, value]
         last = x[torch.arange(x.shape[0])[:, None], logits_indices]  # [B, L, E]

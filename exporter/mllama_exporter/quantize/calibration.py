@@ -19,9 +19,8 @@ from mllama_runtime.engine import Engine
 from mllama_runtime.errors import InputError, RequestError
 from mllama_runtime.evaluation.asking import AskOptions, error_of_question, request_from_question
 from mllama_runtime.evaluation.questions import Question, task_from_jsonl
-from mllama_runtime.images import load_image
 from mllama_runtime.manifest import Calibration
-from mllama_runtime.preprocessing import ImageTiles, preprocess
+from mllama_runtime.preprocessing import ImageTiles
 from mllama_runtime.prompt import image_visibility
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
@@ -120,7 +119,8 @@ def measured(
         InputError: an activation that was never seen, is always zero or not finite, naming the weights it multiplies.
         ImageError, RequestError: a sample that cannot be used.
     """
-    check_pictures(samples)
+    if not bundle.manifest.model.is_text_only:
+        check_pictures(samples)
     run = _Run(bundle, engine, groups)
     for done, sample in enumerate(samples):
         progress(done, len(samples))
@@ -162,7 +162,7 @@ class _Run:
         for group in (each for of in self.groups.values() for each in of):
             zeros = np.zeros(group.width, np.float32)
             self.statistics[group] = ChannelStatistics(zeros, zeros.astype(np.float64))
-        for key in ("vision", "decoder"):
+        for key in ("decoder",) if self.bundle.manifest.model.is_text_only else ("vision", "decoder"):
             self.graphs[key] = _ObservedGraph(self.bundle, key, self.groups.get(key, ()))
 
     def add(self, sample: Question) -> None:
@@ -174,7 +174,7 @@ class _Run:
             raise error_of_question(error, sample) from error
         # The last token is never fed back, so that no logits come from it.
         token_ids, model = (*prompt.token_ids, *answer[:-1]), self.bundle.manifest.model
-        tiles = [preprocess(load_image(each), self.engine.preprocessor) for each in prompt.images]  # type: ignore[arg-type]
+        tiles = [self.engine.tiles(each) for each in prompt.images]  # type: ignore[arg-type]
         cross = [self._run("vision", vision_inputs(each)) for each in tiles]
         visibility = image_visibility(token_ids, model.image_token_id, [each.num_tiles for each in tiles])
         inputs = decoder_inputs(model, token_ids, visibility, tiles, cross)
@@ -205,7 +205,7 @@ class _ObservedGraph:
     def __init__(self, bundle: Bundle, key: str, groups: Sequence[Group]) -> None:
         spec = bundle.manifest.graphs["vision_ort" if key == "vision" else "decoder_ort"]
         model = ir.load(bundle.path(spec.file))
-        layers = bundle.manifest.model.text.cross_attention_layers
+        layers = bundle.manifest.model.cross_layers
         self._cross_layers = tuple(f"language_model.model.layers.{layer}." for layer in layers)
         self._names = [str(output.name) for output in model.graph.outputs] if key == "vision" else []
         if key == "decoder":

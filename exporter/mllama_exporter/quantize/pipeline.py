@@ -98,9 +98,12 @@ def quantized_bundle_from_bundle(
         ResourceError: the disk is too small, or the memory.
     """
     base = _base_precision(bundle)
-    graphs: dict[GraphKey, ir.Model] = {
-        key: ir.load(bundle.path(bundle.manifest.graphs[key].file)) for key in ("vision", "decoder")
-    }
+    keys: tuple[GraphKey, ...] = ("vision", "decoder")
+    if bundle.manifest.model.is_text_only:
+        if options.vision:
+            raise UsageError("the model is text-only, and has no vision graph", where="--vision", found=options.vision)
+        keys = ("decoder",)
+    graphs: dict[GraphKey, ir.Model] = {key: ir.load(bundle.path(bundle.manifest.graphs[key].file)) for key in keys}
     subject = _subject(graphs, options)
     _check_need_of_samples(subject, samples)
     with (

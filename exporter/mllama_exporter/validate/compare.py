@@ -14,10 +14,8 @@ from mllama_runtime.backends import Backend, Features
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.decode import Row, prefill
 from mllama_runtime.engine import Engine, Generation, Request
-from mllama_runtime.errors import BundleError, GateError
-from mllama_runtime.fields import load_json
-from mllama_runtime.images import load_image
-from mllama_runtime.preprocessing import ImageTiles, PreprocessorConfig, preprocess
+from mllama_runtime.errors import GateError
+from mllama_runtime.preprocessing import ImageTiles
 from mllama_runtime.prompt import image_visibility
 from mllama_runtime.sampling import Sampler, SamplingParams
 from mllama_runtime.streaming import TextStream
@@ -36,12 +34,9 @@ class Candidate:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.engine, self.backend, self.manifest = Engine(bundle, backend), backend, bundle.manifest
-        path = bundle.path("preprocessor.json")
-        values: Any = load_json(path.read_bytes(), where=path, error=BundleError)
-        self._preprocessor = PreprocessorConfig.from_dict(values, path)
 
     def tiles(self, inputs: ReferenceInputs) -> list[ImageTiles]:
-        return [preprocess(load_image(image), self._preprocessor) for image in inputs.sample.images]
+        return [self.engine.tiles(image) for image in inputs.sample.images]
 
     def visibility(self, inputs: ReferenceInputs, tiles: Sequence[ImageTiles]) -> NDArray[np.bool_]:
         """Which real tiles each of the reference's tokens sees: bool [seq, tiles of all pictures]."""

@@ -34,7 +34,7 @@ from mllama_exporter.validate.compare import (
     observations_from_run,
 )
 from mllama_exporter.validate.layers import LayerTable, layer_observations, table_from_errors
-from mllama_exporter.validate.observed import ObservedBundle, activation_observations, largest_by_layer
+from mllama_exporter.validate.observed import Activation, ObservedBundle, activation_observations, largest_by_layer
 from mllama_exporter.validate.reference import (
     ATTENTION,
     ReferenceInputs,
@@ -43,7 +43,7 @@ from mllama_exporter.validate.reference import (
     ReferenceRun,
 )
 from mllama_exporter.validate.report import NotRun, ReferenceInfo, Report
-from mllama_exporter.validate.samples import Sample, builtin_samples
+from mllama_exporter.validate.samples import Sample, builtin_samples, text_samples
 from mllama_exporter.validate.spots import reference_modules
 from mllama_exporter.validate.task import MAX_ANSWER_TOKENS, Question, accuracy_check
 from mllama_exporter.validate.thresholds import ACCURACY_DROP, PREFIXES, Bounds, GraphKind, base_of, bounds_of
@@ -89,14 +89,17 @@ def report_from_bundle(
     base = base_of(precision, bundle.manifest.quantization)
     bounds = _bounds(bundle, checkpoint)
     processor = ReferenceProcessor(reference)
-    inputs, not_run = _inputs(processor, builtin_samples(bundle.manifest.model.vision) if samples is None else samples)
+    dims = bundle.manifest.model
+    if samples is None:
+        samples = text_samples() if dims.is_text_only else builtin_samples(dims.vision)
+    inputs, not_run = _inputs(processor, samples)
     # Both sides render their chat templates now, at one moment: a template may write today's date.
     candidate = Candidate(bundle, backend_from_bundle(bundle, backend, None))
     kind: GraphKind = "ort" if candidate.backend.name == OrtBackend.name else "device"
     seen = [found for each in inputs for found in observations_from_inputs(candidate, each)]
 
     model = _reference_model(bundle, reference)
-    watched = reference_modules(bundle.manifest.model)
+    watched = reference_modules(dims)
     runs = [model.run(each, max_steps, watched) for each in _ticking(inputs, "reference", progress)]
     asked = [_asked(processor, model, each) for each in _ticking(task, "task, reference", progress)]
     del model
@@ -110,13 +113,18 @@ def report_from_bundle(
         for run, each in zip(runs, generated, strict=True)
         if run.inputs.sample.depth != "answers"
     ]
-    observed = ObservedBundle(bundle, candidate, "ort")
-    activations = [found for each in _ticking(inputs, "activations", progress) for found in observed.activations(each)]
-    seen += activation_observations(activations)
+    activations: list[Activation] = []
+    layers: list[LayerTable] = []
     deep = [run for run in runs if run.states]
-    layers = [_layers(observed, deep, "ort", bounds["ort"], progress)]
-    del observed
-    seen += layer_observations(layers[0])
+    if dims.is_text_only:
+        not_run.append(NotRun("layers", "the model is text-only: layers are measured on prompts with pictures"))
+    else:
+        observed = ObservedBundle(bundle, candidate, "ort")
+        activations += [a for each in _ticking(inputs, "activations", progress) for a in observed.activations(each)]
+        seen += activation_observations(activations)
+        layers.append(_layers(observed, deep, "ort", bounds["ort"], progress))
+        del observed
+        seen += layer_observations(layers[0])
     if kind == "ort":
         checks = checks_from_observations(seen + found, bounds[kind])
         not_run.append(NotRun("device", "the back end is the CPU's; --backend chooses another"))

@@ -28,6 +28,7 @@ _QUESTIONS = (
 )
 _PLACES = ("top left", "top right", "bottom left", "bottom right")
 _NUM_SENTENCES = 90  # of the long prompt: more tokens than a chunk of prefill, and where slow rotary frequencies show
+_TENSORS_EVERY = 8  # text samples, of which one is compared tensor by tensor
 _NUM_DESCRIBED = 40  # samples for tokens alone: more than 1,000 greedy steps in all, so that one is below 0.1%
 _COLORS = ((220, 30, 30), (30, 140, 40), (40, 60, 220), (240, 210, 30), (130, 40, 160), (245, 140, 20))
 
@@ -78,6 +79,21 @@ def builtin_samples(vision: VisionConfig) -> list[Sample]:
         for index, (high, wide) in enumerate(canvases)
     ]
     return [*samples[:1], *others, *samples[1:], *described]  # so that a batch of neighbours is mixed
+
+
+def text_samples() -> list[Sample]:
+    """For a text-only model: short prompts, a second turn, and one of several chunks."""
+    asked, answered = _turn("user", "What comes after three?"), _turn("assistant", "Four comes after three.")
+    samples = [
+        Sample("second_turn", [asked, answered, _turn("user", "And what comes before it?")]),
+        Sample("long_prompt", [_turn("user", f"{_long_text()} How often is the star named?")]),
+    ]
+    for index in range(_NUM_DESCRIBED):
+        first, last = _PLACES[index % len(_PLACES)], _PLACES[(index // len(_PLACES)) % len(_PLACES)]
+        depth: Depth = "answers" if index % _TENSORS_EVERY else "tensors"
+        text = f"{index + 1} circles are at the {first}, and one star is at the {last}. Tell me more."
+        samples.append(Sample(f"text_{index}", [_turn("user", text)], (), depth))
+    return samples
 
 
 def question(name: str, text: str, image: ImageSource | None, depth: Depth = "tensors") -> Sample:

@@ -63,7 +63,8 @@ class OrtBackend:
         self._decoder: ort.InferenceSession | None = None
 
     def __enter__(self) -> Self:
-        self._vision = self._session("vision")
+        if not self._bundle.manifest.model.is_text_only:
+            self._vision = self._session("vision")
         self._decoder = self._session("decoder")
         return self
 
@@ -146,6 +147,7 @@ class OrtSlots:
         skips_text: bool,
     ) -> None:
         self._skips_text = skips_text  # the standard Attention refuses a batch of no rows
+        self._is_text_only = model.is_text_only
         text, self._num_patches = model.text, model.vision.num_patches
         self._session, self._num_tiles, self._vocab_size = session, max(1, num_tiles), text.vocab_size
         heads, width = text.num_kv_heads, text.head_dim
@@ -191,7 +193,8 @@ class OrtSlots:
             mask = np.zeros((1, len(token_ids), self._num_tiles), np.bool_)
             mask[0, :, : visibility.shape[1]] = visibility
             self._visibility[slot, 0] = mask[0, -1]
-        step = _Step(self._session, self._views(row), cross, self._has_image[row], mask, (num_logits, self._vocab_size))
+        pictures = self._pictures(cross, self._has_image[row], mask)
+        step = _Step(self._session, self._views(row), pictures, mask.shape[:2], (num_logits, self._vocab_size))
         logits: NDArray[np.float32] = step.run(token_ids[None], np.array([position], np.int64))[0]
         return logits
 
@@ -200,14 +203,8 @@ class OrtSlots:
         key = len(token_ids), self._has_cross_rows(row)
         step = self._decode_steps.get(key)
         if step is None:
-            step = _Step(
-                self._session,
-                self._views(row),
-                self._cross_of(row),
-                self._has_image[row],
-                self._visibility[row],
-                (1, self._vocab_size),
-            )
+            pictures = self._pictures(self._cross_of(row), self._has_image[row], self._visibility[row])
+            step = _Step(self._session, self._views(row), pictures, (len(token_ids), 1), (1, self._vocab_size))
             self._decode_steps[key] = step
         return step.run(token_ids[:, None], positions)[:, 0]
 
@@ -216,6 +213,12 @@ class OrtSlots:
 
     def _views(self, row: slice) -> dict[str, Array]:
         return {name: cache[row] for name, cache in self._caches.items()}
+
+    def _pictures(
+        self, cross: Mapping[str, Array], has_image: NDArray[np.bool_], mask: NDArray[np.bool_]
+    ) -> dict[str, Array]:
+        """What the decoder takes of pictures; a text-only one takes nothing."""
+        return {} if self._is_text_only else {"cross_attention_mask": mask, "has_image": has_image, **cross}
 
     def _cross_of(self, row: slice) -> dict[str, Array]:
         """The pictures' keys and values of these slots; of no row where none has a picture."""
@@ -244,12 +247,11 @@ class _Step:
         self,
         session: ort.InferenceSession,
         caches: Mapping[str, Array],
-        cross: Mapping[str, Array],
-        has_image: NDArray[np.bool_],
-        mask: NDArray[np.bool_],
+        pictures: Mapping[str, Array],
+        tokens_shape: tuple[int, ...],
         logits_shape: tuple[int, int],
     ) -> None:
-        self.batch, seq = mask.shape[:2]
+        self.batch, seq = tokens_shape
         self._session, self._binding = session, session.io_binding()
         self._token_ids = np.zeros((self.batch, seq), np.int64)
         self._write_indices, self._kv_lengths = np.zeros(self.batch, np.int64), np.zeros(self.batch, np.int64)
@@ -259,9 +261,7 @@ class _Step:
             "write_indices": self._write_indices,
             "kv_lengths": self._kv_lengths,
             "logits_indices": np.tile(np.arange(seq - logits_shape[0], seq), (self.batch, 1)),
-            "cross_attention_mask": np.ascontiguousarray(mask),
-            "has_image": np.ascontiguousarray(has_image),
-            **cross,
+            **{name: np.ascontiguousarray(array) for name, array in pictures.items()},
         }
         for name, array in inputs.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(array))

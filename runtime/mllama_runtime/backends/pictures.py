@@ -38,7 +38,7 @@ class Pictures:
 
     def __init__(
         self,
-        vision: Session,
+        vision: Session | None,
         pixels: Sequence[Block],
         pictures: Sequence[Block],
         compute: Stream,
@@ -75,6 +75,8 @@ class Pictures:
         self._copies.wait(has_read)
         pixels.upload(self._copies)
         pixels.wait(self._compute)
+        if self._vision is None:
+            raise RuntimeError("a text-only model sees no pictures")
         self._vision.bind({**pixels.tensors, **block.tensors})
         self._vision.run(self._compute)
         self._compute.record(has_read)

@@ -49,10 +49,10 @@ class StaticSlots:
     def __init__(self, loaded: Loaded, model: ModelConfig, limits: Limits) -> None:
         self.loaded, self.limits, self.prefill_chunk = loaded, limits, limits.prefill_chunk
         self._model, self._compute, self._blocks = model, loaded.compute, loaded.blocks
-        vision = model.vision
-        self._tile_bytes = tensor_bytes((vision.num_patches, model.text.head_dim), self._cross_dtype())
+        dtype = next(iter(self._blocks["cache"].tensors.values())).dtype
+        self._tile_bytes = tensor_bytes((model.vision.num_patches, model.text.head_dim), dtype)
         self._pictures = Pictures(
-            loaded.session("vision", "images"),
+            None if model.is_text_only else loaded.session("vision", "images"),
             [block for name, block in self._blocks.items() if name.startswith("pixels_")],
             [block for name, block in self._blocks.items() if name.startswith("picture_")],
             loaded.compute,
@@ -134,9 +134,7 @@ class StaticSlots:
                 "write_indices": block.tensors["write_indices"],
                 "kv_lengths": block.tensors["kv_lengths"],
                 "logits_indices": block.first("logits_indices", 1, num_logits),
-                "cross_attention_mask": block.first("cross_attention_mask", 1, seq, num_tiles),
-                "has_image": block.tensors["has_image"],
-                **cross,
+                **self._of_pictures(block.first("cross_attention_mask", 1, seq, num_tiles), block, cross),
                 **self._caches(lambda name: self._blocks["cache"].row(name, slot)),
                 "logits": self._blocks["last_logits"].first("logits", 1, num_logits, self._model.text.vocab_size),
             }
@@ -292,9 +290,11 @@ class StaticSlots:
                 "write_indices": lengths.first("write_indices", batch),
                 "kv_lengths": lengths.first("kv_lengths", batch),
                 "logits_indices": self._blocks["zeros"].first("logits_indices", batch, 1),
-                "cross_attention_mask": seen.first("cross_attention_mask", batch, 1, max(1, num_tiles)),
-                "has_image": seen.first("has_image", batch),
-                **self._cross(batch if num_tiles else 0, max(1, num_tiles)),
+                **self._of_pictures(
+                    seen.first("cross_attention_mask", batch, 1, max(1, num_tiles)),
+                    seen,
+                    self._cross(batch if num_tiles else 0, max(1, num_tiles)),
+                ),
                 **self._caches(lambda name: cache.first(name, batch, *cache.tensors[name].shape[1:])),
                 "logits": self._blocks["logits"].first("logits", batch, 1, shape),
             }
@@ -319,7 +319,15 @@ class StaticSlots:
         past = {name: tensor_of(name) for name in self._blocks["cache"].tensors}
         return past | {name.replace("past_", "present_"): tensor for name, tensor in past.items()}
 
+    def _of_pictures(self, mask: Tensor, block: Block, cross: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the decoder takes of pictures; a text-only one takes nothing."""
+        if self._model.is_text_only:
+            return {}
+        return {"cross_attention_mask": mask, "has_image": block.first("has_image", mask.shape[0]), **cross}
+
     def _cross(self, num_rows: int, num_tiles: int) -> dict[str, Tensor]:
+        if self._model.is_text_only:
+            return {}
         block, shape = self._blocks["cross"], self._cross_shape(num_rows, num_tiles)
         return {name: block.first(name, *shape) for name in block.tensors}
 
@@ -330,9 +338,6 @@ class StaticSlots:
     def _cross_address(self, name: str, slot: int) -> int:
         row = self._model.text.num_kv_heads * self._num_tiles * self._tile_bytes
         return self._blocks["cross"].tensors[name].address + slot * row
-
-    def _cross_dtype(self) -> DType:
-        return next(iter(self._blocks["cross"].tensors.values())).dtype
 
     # For validation: read back, slowly, through memory that is taken for it and kept
 

@@ -14,9 +14,8 @@ from mllama_runtime.backends.device_tokens import DeviceTokens
 from mllama_runtime.backends.pictures import StaticFeatures
 from mllama_runtime.backends.slots import Loaded, StaticSlots
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.contract import vision_shapes
 from mllama_runtime.device import Device, GraphName, Program, ProgramLoader, Stream
-from mllama_runtime.engine_record import PROFILES, Limits
+from mllama_runtime.engine_record import Limits, graphs_of
 from mllama_runtime.errors import ResourceError, UsageError
 from mllama_runtime.memory import MemoryPlan, gigabytes, memory_plan
 from mllama_runtime.preprocessing import ImageTiles
@@ -73,8 +72,9 @@ class StaticBackend:
         load = self._load_programs(device, compute)
         free, total = device.memory()
         programs: dict[GraphName, Program] = {}
+        graphs = graphs_of(self._bundle.manifest.model)
         try:
-            for graph in PROFILES:
+            for graph in graphs:
                 programs[graph] = load(graph)
             plan = self._plan(programs)
             if plan.device_bytes - plan.weights_bytes > device.memory()[0]:
@@ -82,7 +82,7 @@ class StaticBackend:
             blocks = {region.name: Block(device, region) for region in plan.regions}
             workspace = device.allocate(plan.workspace_bytes)
         except ResourceError as fault:
-            left = [graph for graph in PROFILES if graph not in programs]
+            left = [graph for graph in graphs if graph not in programs]
             beside = f", and the weights of {' and '.join(left)}" if left else ""
             raise ResourceError(
                 "not enough memory",
@@ -95,12 +95,13 @@ class StaticBackend:
 
     def _plan(self, programs: Mapping[GraphName, Program]) -> MemoryPlan:
         """Of these programs, which may not be all."""
-        output = next(iter(vision_shapes(self._bundle.manifest.model)[1]))
-        built = next(spec.dtype for spec in self._bundle.manifest.graphs["vision"].outputs if spec.name == output)
+        model, decoder = self._bundle.manifest.model, self._bundle.manifest.graphs["decoder"]
+        name = f"past_key_{model.text.self_attention_layers[0]}"
+        cache_dtype = next(spec.dtype for spec in decoder.inputs if spec.name == name)
         return memory_plan(
-            self._bundle.manifest.model,
+            model,
             self.limits,
-            cache_dtype=programs["vision"].dtypes[output] if programs else built,
+            cache_dtype=programs["decoder"].dtypes[name] if "decoder" in programs else cache_dtype,
             weights_bytes=sum(program.weights_bytes for program in programs.values()),
             workspace_bytes=max((program.workspace_bytes for program in programs.values()), default=0),
         )

@@ -14,6 +14,7 @@ from mllama_runtime.bench import Measured, bench
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
 from mllama_runtime.engine_record import Limits
+from mllama_runtime.errors import UsageError
 
 _COLUMNS = ("what", "ms", "tokens/s", "GB/s")
 _EXAMPLE = example(
@@ -65,7 +66,9 @@ def command(
     opened = Bundle.open(bundle)
     model = opened.manifest.model
     cache_len = min(cache_len, model.text.max_seq_len)
-    tiles = tiles or tuple(sorted({0, 1, model.vision.max_num_tiles}))
+    if model.is_text_only and any(tiles):
+        raise UsageError("the model is text-only, and sees no pictures", where="--tiles", found=max(tiles))
+    tiles = tiles or ((0,) if model.is_text_only else tuple(sorted({0, 1, model.vision.max_num_tiles})))
     asked = Limits(max(batches), cache_len, min(PREFILL_CHUNK, cache_len), model.vision.max_num_tiles)
     with backend_from_bundle(opened, backend, threads, limits=asked if backend == "cuda" else None) as session:
         rows = list(

@@ -82,7 +82,7 @@ def _quantization(made: Quantization | None) -> Rows:
 def _model(model: ModelConfig) -> Rows:
     vision, text = model.vision, model.text
     rope = f"{text.rope.rope_type}, theta {text.rope.theta:g}"
-    return [
+    rows: Rows = [
         ("", "vision", "text"),
         ("hidden size", f"{vision.hidden_size}", f"{text.hidden_size}"),
         ("intermediate size", f"{vision.intermediate_size}", f"{text.intermediate_size}"),
@@ -96,6 +96,11 @@ def _model(model: ModelConfig) -> Rows:
         ("image", f"{vision.image_size} px, patch {vision.patch_size}, {vision.max_num_tiles} tiles", ""),
         ("rows per tile", f"{vision.num_patches}", ""),
     ]
+    if not model.is_text_only:
+        return rows
+    left_out = f"vision, and layers {', '.join(map(str, text.cross_attention_layers))}"
+    of_text = [(title, value) for title, _, value in rows if value and title != "cross-attention"]
+    return [*of_text, ("left out", left_out)]
 
 
 def _graph(graph: GraphSpec) -> Rows:

@@ -14,7 +14,7 @@ from typing import Any
 
 from mllama_runtime.backends.private_trt import Log, TensorRT
 from mllama_runtime.device import Device, GraphName, ProfileName, ProgramLoader, Session, Stream, Tensor
-from mllama_runtime.engine_record import PROFILES, Engine
+from mllama_runtime.engine_record import Engine, GraphEngine
 from mllama_runtime.errors import BundleError, EnvironmentFault, MllamaError, ResourceError, UsageError
 from mllama_runtime.manifest import DType
 
@@ -46,7 +46,7 @@ def trt_programs(engine: Engine, trt: TensorRT) -> Callable[[Device, Stream], Pr
                     _fill_in(trt, loaded, engine, graph, log)
             if engine.record.inputs.weight_streaming:  # as much of them stays on the device as there is room for
                 loaded.weight_streaming_budget_v2 = loaded.get_weight_streaming_automatic_budget()
-            return TrtProgram(trt, graph, loaded, engine.record.engines[graph].weights_bytes, stream)
+            return TrtProgram(trt, graph, loaded, engine.record.engines[graph], stream)
 
         return load
 
@@ -70,18 +70,19 @@ class TrtProgram:
 
     capturable = True
 
-    def __init__(self, trt: TensorRT, graph: GraphName, engine: Any, weights_bytes: int, stream: Stream) -> None:
+    def __init__(self, trt: TensorRT, graph: GraphName, engine: Any, record: GraphEngine, stream: Stream) -> None:
         self._trt, self._graph, self._engine, self._stream = trt, graph, engine, stream
+        self._profiles = [profile.name for profile in record.profiles]
         names = [engine.get_tensor_name(index) for index in range(engine.num_io_tensors)]
         self.dtypes: Mapping[str, DType] = {name: _DTYPES[engine.get_tensor_dtype(name).name] for name in names}
         self._inputs = {name for name in names if engine.get_tensor_mode(name) == trt.api.TensorIOMode.INPUT}
-        self.weights_bytes, self.workspace_bytes = weights_bytes, int(engine.device_memory_size_v2)
+        self.weights_bytes, self.workspace_bytes = record.weights_bytes, int(engine.device_memory_size_v2)
         self._kernels: Any = None  # compiled by TensorRT-RTX for any session, there for the others
 
     def session(self, profile: ProfileName, workspace: int) -> Session:
         with self._trt.logged() as log:
             context = self._context(profile)
-            index = PROFILES[self._graph].index(profile)
+            index = self._profiles.index(profile)
             if context is None or not context.set_optimization_profile_async(index, self._stream.handle):
                 raise _fault(log, _failed(f"cannot prepare {self._graph} {profile}", log))
             context.set_device_memory(workspace, self.workspace_bytes)
