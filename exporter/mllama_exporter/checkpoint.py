@@ -188,6 +188,11 @@ class Checkpoint:
                 digest.update(f"\n{info.name} {info.dtype} {info.shape} {info.offset_bytes}".encode())
         return digest.hexdigest()
 
+    def state(self) -> str:
+        """Sha256 (hex) that differs once a file is written to or replaced; a build goes on from what is of the same."""
+        known = [f"{path.name} {identity}" for path, identity in self._identities.items()]
+        return hashlib.sha256("\n".join(known).encode()).hexdigest()
+
     def assert_unchanged(self) -> None:
         """That no file has changed since `open`, by size, modification time and inode.
 

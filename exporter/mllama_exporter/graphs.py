@@ -17,7 +17,7 @@ import onnxscript.optimizer
 import torch
 from mllama_runtime.config import MaskSemantics, ModelConfig
 from mllama_runtime.contract import Shape, decoder_shapes, vision_shapes
-from mllama_runtime.tensorfile import TensorFile
+from mllama_runtime.tensorfile import TensorInfo
 from torch._subclasses import FakeTensorMode
 from torch.export import Dim
 
@@ -80,10 +80,13 @@ def weight_names(model: ir.Model) -> list[str]:
     return [name for name, value in model.graph.initializers.items() if value.const_value is None]
 
 
-def weights_attached(model: ir.Model, weights: TensorFile, location: str) -> ir.Model:
-    """Point every weight at its bytes in the weights file (ONNX external data), in place; returns the model."""
+def weights_attached(model: ir.Model, located: Mapping[str, tuple[str, TensorInfo]]) -> ir.Model:
+    """Point every weight at its bytes in a weights file (ONNX external data), in place; returns the model.
+
+    located: file and place by name.
+    """
     for name in weight_names(model):
-        tensor = weights.tensors[name]
+        location, tensor = located[name]
         point_at(model.graph.initializers[name], tensor, IR_DTYPES[tensor.dtype], location)
     return model
 

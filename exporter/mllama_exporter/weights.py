@@ -12,9 +12,9 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,7 @@ def write_weights(
     blocks = [block for target in targets for block in _blocks(checkpoint, target)]
     total = len(header) + sum(target.size_bytes for target in targets)
     try:
-        free = shutil.disk_usage(path.parent).free
-        if total > free:
-            raise _no_room(path, total, free)
+        check_room(path, total)
         with path.open("wb", buffering=0) as file:
             try:
                 sha256, stats = _stream(
@@ -130,6 +128,39 @@ def write_weights(
     except OSError as error:  # of writing: the checkpoint turns its own into CheckpointError
         raise _unwritable(path, total, error) from error
     return WeightsReport(path, total, sha256, stats, sum(found.num_beyond for found in stats.values()))
+
+
+def checked_weights(
+    checkpoint: Checkpoint,
+    plan: Sequence[WeightSpec],
+    located: Mapping[str, TensorInfo],
+    path: Path,
+    *,
+    progress: Callable[[int, int], object] = lambda done_bytes, total_bytes: None,
+) -> WeightsReport:
+    """Reads a file of the checkpoint that holds `plan`'s tensors in their order, as it would read them to write them.
+
+    Args:
+        located: every tensor's place in the file.
+
+    Raises:
+        CheckpointError: as `write_weights`.
+    """
+    blocks = [block for spec in plan for block in _blocks(checkpoint, replace(located[spec.name], name=spec.name))]
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(min(info.offset_bytes for info in located.values()))
+    sha256, stats = _stream(checkpoint, header, blocks, None, False, lambda done: progress(done, total))
+    checkpoint.assert_unchanged()
+    _check_damage(checkpoint, plan, stats, False)
+    return WeightsReport(path, total, sha256, stats, 0)
+
+
+def check_room(path: Path, num_bytes: int) -> None:
+    """That so many more bytes fit the disk. Raises ResourceError."""
+    free = shutil.disk_usage(path.parent).free
+    if num_bytes > free:
+        raise _no_room(path, num_bytes, free)
 
 
 def _blocks(checkpoint: Checkpoint, target: TensorInfo) -> Iterator[_Block]:
@@ -151,12 +182,13 @@ def _stream(
     checkpoint: Checkpoint,
     header: bytes,
     blocks: Sequence[_Block],
-    fd: int,
+    fd: int | None,
     clamp: bool,
     progress: Callable[[int], object],
 ) -> tuple[str, dict[str, TensorStats]]:
-    """The sha256 of all that was written, and what was found in each tensor."""
-    write_at(fd, header, 0)
+    """The sha256 of all that was written, or would have been, and what was found in each tensor."""
+    if fd is not None:
+        write_at(fd, header, 0)
     digest, done = hashlib.sha256(header), len(header)
     stats: dict[str, TensorStats] = {}
     buffers = np.empty((_NUM_BUFFERS, 2, _BLOCK_BYTES), np.uint8)  # used again: fresh pages cost more than a copy
@@ -178,7 +210,7 @@ def _stream(
 
 
 def _convert(
-    checkpoint: Checkpoint, block: _Block, fd: int, clamp: bool, buffers: Array
+    checkpoint: Checkpoint, block: _Block, fd: int | None, clamp: bool, buffers: Array
 ) -> tuple[TensorStats, memoryview]:
     """One block from the checkpoint to the weights file; also the bytes written, which lie in one of the `buffers`."""
     data = buffers[0, : block.size * block.source.itemsize].view(block.source)
@@ -188,7 +220,8 @@ def _convert(
         out = buffers[1, : block.size * block.target.itemsize].view(block.target)
         data = _cast(data, out, clamp and stats.num_beyond > 0)
     written = data.view(np.uint8).data
-    write_at(fd, written, block.target_offset)
+    if fd is not None:
+        write_at(fd, written, block.target_offset)
     return stats, written
 
 

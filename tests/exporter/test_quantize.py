@@ -352,5 +352,8 @@ def test_a_norm_that_smoothing_takes_beyond_fp16_is_named(tmp_path: Path) -> Non
     path.write_bytes(header + np.array([1, 2, 60000, 3], np.float16).tobytes())
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     plan = WeightsPlan({}, {"norm.weight": np.array([1, 1, 0.5, 1], np.float32)})
-    with WeightsReader(read_header(path, error=InputError)) as reader, pytest.raises(InputError, match=r"norm\.weight"):
-        write_quantized_weights(reader, digest, plan, tmp_path / "out.safetensors")
+    with (
+        WeightsReader([read_header(path, error=InputError)]) as reader,
+        pytest.raises(InputError, match=r"norm\.weight"),
+    ):
+        write_quantized_weights(reader, {path: digest}, plan, tmp_path / "out.safetensors")

@@ -61,7 +61,7 @@ def test_stored_bytes_are_what_onnx_reads(scheme, dtype: str) -> None:
 def test_scales_are_finite_and_positive_whatever_the_rows(seed: int, spread: float) -> None:
     weight = weights(seed, spread=spread)
     weight[0] = 0
-    assume(np.abs(weight).max() < 7 * np.finfo(np.float16).max)  # or int4 has no scale in FP16, and is refused
+    assume(np.abs(weight).max() < 7 * float(np.finfo(np.float16).max))  # or int4 has no scale in FP16, and is refused
     for scheme in SCHEMES.values():
         scales = row_scales(weight, scheme, "F16")
         assert (scales > 0).all()

@@ -56,6 +56,13 @@ _STEPS = {
     is_flag=True,
     help="Leave out the vision tower and the cross-attention layers: a text model, which takes no pictures.",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "move"]),
+    default="copy",
+    show_default=True,
+    help="move: the checkpoint's own files become the bundle's, which takes no room; the checkpoint is without them then.",
+)
 @click.option("--clamp", is_flag=True, help="Cut weights beyond FP16's range to its limit instead of refusing them.")
 @json_option
 def command(checkpoint: Path, bundle: Path, as_json: bool, **options: Any) -> None:

@@ -14,6 +14,7 @@ from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.bundle_writer import BundleWriter
 from mllama_runtime.engine import Engine
+from mllama_runtime.engine_record import weights_hashes
 from mllama_runtime.errors import BundleError, InputError, UsageError
 from mllama_runtime.evaluation.questions import Question
 from mllama_runtime.manifest import (
@@ -25,7 +26,7 @@ from mllama_runtime.manifest import (
 )
 from mllama_runtime.tensorfile import TensorFile, read_header
 
-from mllama_exporter.export import WEIGHTS_NAME, saved_graphs, tool_versions
+from mllama_exporter.export import saved_graphs, tool_versions
 from mllama_exporter.quantize.calibration import ChannelStatistics, measured
 from mllama_exporter.quantize.graphs import quantized_graph
 from mllama_exporter.quantize.layers import Group, groups_of, kept
@@ -41,6 +42,7 @@ from mllama_exporter.quantize.weights import (
     write_quantized_weights,
 )
 
+_WEIGHTS_NAME = "weights.safetensors"
 _TOOLS = ("ml-dtypes", "numpy", "onnx", "onnx-ir", "onnxruntime", "torch")
 _SAMPLE_ROWS = 256  # of each matrix, for the search of smoothing scales
 
@@ -104,32 +106,34 @@ def quantized_bundle_from_bundle(
             raise UsageError("the model is text-only, and has no vision graph", where="--vision", found=options.vision)
         keys = ("decoder",)
     graphs: dict[GraphKey, ir.Model] = {key: ir.load(bundle.path(bundle.manifest.graphs[key].file)) for key in keys}
-    subject = _subject(graphs, options)
+    subject, sources = _subject(graphs, options), weights_hashes(bundle.manifest)
     _check_need_of_samples(subject, samples)
     with (
         BundleWriter(output, not_inside=bundle.root) as writer,
-        WeightsReader(read_header(bundle.path(WEIGHTS_NAME), error=BundleError)) as reader,
+        WeightsReader([read_header(bundle.path(name), error=BundleError) for name in sources]) as reader,
     ):
-        path = writer.path / WEIGHTS_NAME
+        path = writer.path / _WEIGHTS_NAME
         unscaled = WeightsPlan({name: MatrixPlan(scheme) for name, scheme in subject.schemes.items()})
-        check_room(reader.file, unscaled, path)  # before hours of calibration
+        check_room(reader.tensors, unscaled, path)  # before hours of calibration
         statistics, calibration = _statistics(bundle, samples, subject, progress)
         smoothing = _smoothing(reader, subject, statistics, progress)
         sha256 = write_quantized_weights(
             reader,
-            bundle.manifest.files[WEIGHTS_NAME].sha256,
+            {bundle.path(name): sha256 for name, sha256 in sources.items()},
             _plan(subject, statistics, smoothing),
             path,
             lambda done, total: progress("weights", done, total),
         )
-        writer.add_file(WEIGHTS_NAME, sha256=sha256)
+        writer.add_file(_WEIGHTS_NAME, sha256=sha256)
         progress("saving", 0, 1)
         stored = read_header(path, error=BundleError)
         scales = _activation_scales(subject, statistics, smoothing, stored)
         by_weight = {name: group for of in subject.groups.values() for group in of for name in group.members}
         for model in graphs.values():
-            quantized_graph(model, by_weight, subject.schemes, scales, stored, WEIGHTS_NAME)
-        specs = saved_graphs(graphs, writer, bundle.manifest.model)
+            quantized_graph(model, by_weight, subject.schemes, scales, stored, _WEIGHTS_NAME)
+        specs = saved_graphs(graphs, writer.path, bundle.manifest.model)
+        for spec in specs.values():
+            writer.add_file(spec.file)
         _copy_others(bundle, writer)
         quantization = Quantization(base, options.vision, subject.kept, calibration)
         return writer.commit(
@@ -222,7 +226,7 @@ def _smoothing(
         progress("scaling", done, len(groups))
         scheme = subject.schemes[group.members[0]]
         weights = (reader.rows(name, most=_SAMPLE_ROWS) for name in group.members)
-        scales = smoothing_scales(scheme, statistics[group], weights, reader.file.tensors[group.members[0]].dtype)
+        scales = smoothing_scales(scheme, statistics[group], weights, reader.tensors[group.members[0]].dtype)
         if scales is not None:
             found[group] = scales
     if groups:
@@ -277,7 +281,7 @@ def _activation_scales(
 
 def _copy_others(bundle: Bundle, writer: BundleWriter) -> None:
     """Tokenizer, template, configurations and licence; not what is about the old weights."""
-    own = {WEIGHTS_NAME, *(graph.file for graph in bundle.manifest.graphs.values())}
+    own = {*weights_hashes(bundle.manifest), *(graph.file for graph in bundle.manifest.graphs.values())}
     for name, entry in bundle.manifest.files.items():
         if name in own or name.startswith(("reports/", "engines/")):
             continue

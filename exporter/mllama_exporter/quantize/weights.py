@@ -13,7 +13,7 @@ import shutil
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from mllama_runtime.errors import BundleError, InputError, ResourceError
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, encode_header
 from numpy.typing import NDArray
 
+from mllama_exporter.checkpoint import published_name
 from mllama_exporter.quantize.rounding import SCALE_DTYPES, quantized, row_scales
 from mllama_exporter.quantize.scheme import FloatArray, Scheme, num_blocks
 from mllama_exporter.weights import write_at
@@ -65,36 +66,48 @@ def scale_name(weight: str) -> str:
 
 
 class WeightsReader:
-    """A weights file, read at any place by any thread."""
+    """Weights files, read at any place by any thread.
 
-    def __init__(self, file: TensorFile) -> None:
-        self.file = file
-        self._descriptor = os.open(file.path, os.O_RDONLY)
+    files: in their order. tensors: of all files, under their published names. homes: the file of each.
+    """
+
+    def __init__(self, files: Sequence[TensorFile]) -> None:
+        self.files = files
+        self.tensors: dict[str, TensorInfo] = {}
+        self.homes: dict[str, TensorFile] = {}
+        for file in files:
+            for info in file.tensors.values():
+                name = published_name(info.name)
+                self.tensors[name], self.homes[name] = replace(info, name=name), file
+        self._descriptors: dict[Path, int] = {}
 
     def __enter__(self) -> WeightsReader:
+        for file in self.files:
+            self._descriptors[file.path] = os.open(file.path, os.O_RDONLY)
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
 
-    def read(self, offset_bytes: int, size_bytes: int) -> Bytes:
+    def read(self, file: TensorFile, offset_bytes: int, size_bytes: int) -> Bytes:
         data = np.empty(size_bytes, np.uint8)
         done = 0
         while done < size_bytes:
-            count = os.preadv(self._descriptor, [data[done:].data], offset_bytes + done)
+            count = os.preadv(self._descriptors[file.path], [data[done:].data], offset_bytes + done)
             if not count:
-                raise BundleError("shorter than its header says", where=self.file.path)
+                raise BundleError("shorter than its header says", where=file.path)
             done += count
         return data
 
     def rows(self, name: str, *, most: int | None = None) -> FloatArray:
         """A matrix as float32, [R, C]; with `most`, so many of its rows at even distances."""
-        info = self.file.tensors[name]
+        info, file = self.tensors[name], self.homes[name]
         num_rows, row_bytes = info.shape[0], info.size_bytes // info.shape[0]
         if most is None or most >= num_rows:
-            return as_float32(self.read(info.offset_bytes, info.size_bytes), info.dtype).reshape(info.shape)
+            return as_float32(self.read(file, info.offset_bytes, info.size_bytes), info.dtype).reshape(info.shape)
         chosen = np.linspace(0, num_rows - 1, most).astype(int)
-        data = [self.read(info.offset_bytes + int(row) * row_bytes, row_bytes) for row in chosen]
+        data = [self.read(file, info.offset_bytes + int(row) * row_bytes, row_bytes) for row in chosen]
         return as_float32(np.concatenate(data), info.dtype).reshape(most, *info.shape[1:])
 
 
@@ -104,10 +117,10 @@ def as_float32(data: Bytes, dtype: str) -> FloatArray:
     return result
 
 
-def planned_tensors(source: TensorFile, plan: WeightsPlan) -> list[tuple[str, str, tuple[int, ...]]]:
+def planned_tensors(source: Mapping[str, TensorInfo], plan: WeightsPlan) -> list[tuple[str, str, tuple[int, ...]]]:
     """Name, stored dtype and shape of everything in the new file. Four-bit weights stand as bytes, two in each."""
     tensors = []
-    for name, info in source.tensors.items():
+    for name, info in source.items():
         matrix = plan.matrices.get(name)
         if matrix is None:
             tensors.append((name, info.dtype, info.shape))
@@ -119,7 +132,7 @@ def planned_tensors(source: TensorFile, plan: WeightsPlan) -> list[tuple[str, st
     return tensors
 
 
-def check_room(source: TensorFile, plan: WeightsPlan, path: Path) -> None:
+def check_room(source: Mapping[str, TensorInfo], plan: WeightsPlan, path: Path) -> None:
     """That the new file, `path`, fits the disk. Raises ResourceError."""
     header, targets = encode_header(planned_tensors(source, plan))
     total = len(header) + sum(target.size_bytes for target in targets)
@@ -133,7 +146,7 @@ def check_room(source: TensorFile, plan: WeightsPlan, path: Path) -> None:
 
 def write_quantized_weights(
     reader: WeightsReader,
-    source_sha256: str,
+    sha256: Mapping[Path, str],
     plan: WeightsPlan,
     path: Path,
     progress: Callable[[int, int], object] = lambda done_bytes, total_bytes: None,
@@ -141,7 +154,7 @@ def write_quantized_weights(
     """Write the new weights file, synced to disk; the same source and plan give the same bytes.
 
     Args:
-        source_sha256: what the source's manifest says.
+        sha256: what the source's manifest says of each file.
         progress: called with the source bytes read and their total, after every block.
 
     Returns:
@@ -152,28 +165,31 @@ def write_quantized_weights(
         InputError: a weight that no scale fits, naming it.
         OSError: the disk is full.
     """
-    header, targets = encode_header(planned_tensors(reader.file, plan))
-    first = min(info.offset_bytes for info in reader.file.tensors.values())
-    read, written = _InOrder(), _InOrder()
+    header, targets = encode_header(planned_tensors(reader.tensors, plan))
+    read, written = {file.path: _InOrder() for file in reader.files}, _InOrder()
+    total = sum(file.size_bytes for file in reader.files)
     with path.open("wb", buffering=0) as file:
         write_at(file.fileno(), header, 0)
-        read.add(0, reader.read(0, first))
+        for source in reader.files:
+            first = min(info.offset_bytes for info in source.tensors.values())
+            read[source.path].add(0, reader.read(source, 0, first))
         written.add(0, np.frombuffer(header, np.uint8))
         work = _Work(reader, plan, {target.name: target for target in targets}, file.fileno())
         for block in work.blocks():
-            read.add(*block.source)
+            read[block.path].add(*block.source)
             for segment in block.written:
                 written.add(*segment)
-            progress(read.num_bytes, reader.file.size_bytes)
+            progress(sum(each.num_bytes for each in read.values()), total)
         os.fsync(file.fileno())
-    if read.hexdigest() != source_sha256:
-        raise BundleError(
-            "the weights are not what the manifest says",
-            where=reader.file.path,
-            expected=f"sha256 {source_sha256}",
-            found=read.hexdigest(),
-            hint="see `mllama verify`; export the bundle again",
-        )
+    for place, found in read.items():
+        if found.hexdigest() != sha256[place]:
+            raise BundleError(
+                "the weights are not what the manifest says",
+                where=place,
+                expected=f"sha256 {sha256[place]}",
+                found=found.hexdigest(),
+                hint="see `mllama verify`; export the bundle again",
+            )
     return written.hexdigest()
 
 
@@ -200,8 +216,9 @@ class _InOrder:
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """What was read and what was written, each an offset and its bytes."""
+    """What was read, of the file at `path`, and what was written, each an offset and its bytes."""
 
+    path: Path
     source: tuple[int, Bytes]
     written: Sequence[tuple[int, Bytes]]
 
@@ -215,9 +232,7 @@ class _Work:
 
     def blocks(self) -> Iterator[_Block]:
         """Every block of the source, in its order, read, converted and written."""
-        spans = iter(
-            [(info, start, stop) for info in self.reader.file.tensors.values() for start, stop in _spans(info)]
-        )
+        spans = iter([(info, start, stop) for info in self.reader.tensors.values() for start, stop in _spans(info)])
         running: deque[Future[_Block]] = deque()
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             try:
@@ -235,14 +250,15 @@ class _Work:
         """Rows start to stop of a tensor."""
         row_bytes = info.size_bytes // info.shape[0]
         offset = info.offset_bytes + start * row_bytes
-        data = self.reader.read(offset, (stop - start) * row_bytes)
+        home = self.reader.homes[info.name]
+        data = self.reader.read(home, offset, (stop - start) * row_bytes)
         written = [
             (self.targets[name].offset_bytes + start * (self.targets[name].size_bytes // info.shape[0]), each)
             for name, each in self._converted(info, data, start, stop)
         ]
         for target_offset, each in written:
             write_at(self.descriptor, each.data, target_offset)
-        return _Block((offset, data), written)
+        return _Block(home.path, (offset, data), written)
 
     def _converted(self, info: TensorInfo, data: Bytes, start: int, stop: int) -> Iterator[tuple[str, Bytes]]:
         matrix, divisor = self.plan.matrices.get(info.name), self.plan.divisors.get(info.name)
@@ -258,7 +274,9 @@ class _Work:
         try:
             scales = row_scales(weight, matrix.scheme, info.dtype, matrix.importance)
         except InputError as error:
-            raise InputError(error.what, where=f"{self.reader.file.path}: {info.name}", found=error.found) from error
+            raise InputError(
+                error.what, where=f"{self.reader.homes[info.name].path}: {info.name}", found=error.found
+            ) from error
         yield info.name, quantized(weight, scales, matrix.scheme).reshape(-1)
         yield scale_name(info.name), _stored(scales, info.dtype)
 
@@ -267,7 +285,9 @@ class _Work:
             stored = _stored(as_float32(data, info.dtype) / divisor, info.dtype)
         if not np.isfinite(as_float32(stored, info.dtype)).all():
             what = "a smoothing scale takes it beyond its precision"
-            raise InputError(what, where=f"{self.reader.file.path}: {info.name}", hint="quantise a bundle in bf16")
+            raise InputError(
+                what, where=f"{self.reader.homes[info.name].path}: {info.name}", hint="quantise a bundle in bf16"
+            )
         return stored
 
 
