@@ -61,7 +61,7 @@ _STEPS = {
     type=click.Choice(["copy", "move"]),
     default="copy",
     show_default=True,
-    help="move: the checkpoint's own files become the bundle's. That takes no room; the checkpoint is without them then.",
+    help="move: the checkpoint's own files become the bundle's, which takes no room and leaves it without them.",
 )
 @click.option("--clamp", is_flag=True, help="Cut weights beyond FP16's range to its limit instead of refusing them.")
 @json_option
