@@ -1,7 +1,8 @@
-"""A Hugging Face checkpoint folder on disk: which tensors it holds, whether they are the model's, and their bytes.
+"""A checkpoint on disk: which tensors it holds, whether they are the model's, and their bytes.
 
-Reads shard headers once and tensor bytes on demand; `weights` streams through here, and the dimensions from `hf_config`
-say which tensors there must be. Names are always the published spelling, whichever one the shards use.
+Reads headers once and tensor bytes on demand; `weights` streams through here, and the dimensions say which tensors
+there must be. Names are always the published spelling, whichever one the files use. This module reads Hugging Face
+folders; `meta_source` Meta's own files, and `adapter` merges a LoRA adapter: `sources` opens what a user names.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from mllama_runtime.config import ModelConfig, VisionConfig
 from mllama_runtime.errors import CheckpointError, UsageError
 from mllama_runtime.fields import show
+from mllama_runtime.manifest import SourceFormat
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
 
 from mllama_exporter.hf_config import model_config_from_hf, read_json_object
@@ -55,7 +57,7 @@ def published_name(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Identity:
+class Identity:
     """What tells one state of a file from another without reading it."""
 
     size_bytes: int
@@ -63,7 +65,7 @@ class _Identity:
     inode: int
 
     @classmethod
-    def of(cls, path: Path) -> _Identity:
+    def of(cls, path: Path) -> Identity:
         try:
             stat = path.stat()
         except OSError as error:
@@ -71,23 +73,55 @@ class _Identity:
         return cls(stat.st_size, stat.st_mtime_ns, stat.st_ino)
 
 
+class Stored(Protocol):
+    """One tensor, in a file or made on the way."""
+
+    @property
+    def info(self) -> TensorInfo: ...
+
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from byte `offset` on. Raises CheckpointError."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """One tensor and the shard it lies in."""
+class InFile:
+    """A tensor, and the shard it lies in."""
 
     path: Path
     info: TensorInfo
 
+    def read_into(self, offset: int, out: memoryview) -> None:
+        """Plain reads, never a memory map: a map of a file that shrinks meanwhile gives zeros or a signal."""
+        name, rest, position = self.info.name, out, self.info.offset_bytes + offset
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                while rest and (count := os.preadv(file.fileno(), [rest], position)):
+                    rest, position = rest[count:], position + count
+        except OSError as error:
+            raise CheckpointError(f"cannot read {name}", where=self.path, found=error.strerror) from error
+        if rest:
+            found = f"{len(out) - len(rest)} bytes"
+            raise CheckpointError(f"ends within {name}", where=self.path, expected=f"{len(out)} bytes", found=found)
+
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint whose config and shard headers have been read and found consistent; no tensor data is held."""
+    """A checkpoint whose config and headers have been read and found consistent; no tensor data is held.
+
+    format: what it is in. fingerprint: SHA-256 (hex) over the config, every tensor's place and every file's size; the
+    data itself is not read. Copies of one checkpoint have the same, wherever they lie. shards: of a Hugging Face
+    checkpoint as it is, whose tensors nothing changes. text_folder: where its tokenizer and templates are.
+    """
 
     folder: Path
     config: ModelConfig
-    shards: tuple[TensorFile, ...]
-    _tensors: Mapping[str, _Stored]
-    _identities: Mapping[Path, _Identity]
+    format: SourceFormat
+    fingerprint: str
+    tensors: Mapping[str, Stored]
+    identities: Mapping[Path, Identity]
+    text_folder: Path
+    shards: tuple[TensorFile, ...] = ()
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -100,12 +134,20 @@ class Checkpoint:
             paths, weight_map = _shard_paths(folder)
         except OSError as error:
             raise CheckpointError("cannot be read", where=folder, found=error.strerror) from error
-        identities = {path: _Identity.of(path) for path in (folder / "config.json", *paths)}
+        if (folder / "hf_quant_config.json").exists():
+            hint = "export the checkpoint it was made from, and `mllama quantize` the bundle"
+            raise CheckpointError("NVIDIA Model Optimizer has quantised the weights", where=folder, hint=hint)
+        identities = {path: Identity.of(path) for path in (folder / "config.json", *paths)}
         config = model_config_from_hf(folder)
         shards = tuple(read_header(path, error=CheckpointError) for path in paths)
         if weight_map is not None:
             _check_index(folder, weight_map, shards)
-        return cls(folder, config, shards, _collect(shards), identities)
+        digest = hashlib.sha256((folder / "config.json").read_bytes())
+        for shard in shards:
+            digest.update(f"\n{shard.path.name} {shard.size_bytes}".encode())
+            for info in sorted(shard.tensors.values(), key=lambda info: info.name):
+                digest.update(f"\n{info.name} {info.dtype} {info.shape} {info.offset_bytes}".encode())
+        return cls(folder, config, "hf", digest.hexdigest(), _collect(shards), identities, folder, shards)
 
     def info(self, name: str) -> TensorInfo:
         """Dtype, shape and size of a tensor.
@@ -114,6 +156,11 @@ class Checkpoint:
             CheckpointError: there is no such tensor.
         """
         return self._stored(name).info
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Of all tensors, by the safetensors format's names."""
+        return {stored.info.dtype for stored in self.tensors.values()}
 
     def check(self, config: ModelConfig | None = None) -> None:
         """That the checkpoint holds exactly the tensors of `config` (by default its own), as floats of the right shape.
@@ -125,10 +172,10 @@ class Checkpoint:
         """
         expected = expected_tensors(config or self.config)
         known = expected.keys() | expected_tensors(self.config).keys()
-        faults = [f"missing {name} {show(list(expected[name]))}" for name in expected if name not in self._tensors]
-        faults += [f"left over {show(name)}" for name in self._tensors if name not in known]
+        faults = [f"missing {name} {show(list(expected[name]))}" for name in expected if name not in self.tensors]
+        faults += [f"left over {show(name)}" for name in self.tensors if name not in known]
         for name, shape in expected.items():
-            info = self._tensors[name].info if name in self._tensors else None
+            info = self.tensors[name].info if name in self.tensors else None
             if info and info.shape != shape:
                 faults.append(f"{name} of shape {show(list(info.shape))} instead of {list(shape)}")
             if info and info.dtype not in NUMPY_DTYPES:
@@ -158,39 +205,14 @@ class Checkpoint:
     def read_into(self, name: str, offset: int, out: Array) -> None:
         """Fills the C-contiguous `out` with the tensor's bytes from byte `offset` on.
 
-        Plain reads, never a memory map: a map of a file that shrinks meanwhile gives zeros or a signal, this an error.
-
         Raises:
             CheckpointError: the file cannot be read, or ends too early.
         """
-        stored = self._stored(name)
-        rest = out.reshape(-1).view(np.uint8).data
-        expected, position = len(rest), stored.info.offset_bytes + offset
-        try:
-            with stored.path.open("rb", buffering=0) as file:
-                while rest and (count := os.preadv(file.fileno(), [rest], position)):
-                    rest, position = rest[count:], position + count
-        except OSError as error:
-            raise CheckpointError(f"cannot read {name}", where=stored.path, found=error.strerror) from error
-        if rest:
-            found = f"{expected - len(rest)} bytes"
-            raise CheckpointError(f"ends within {name}", where=stored.path, expected=f"{expected} bytes", found=found)
-
-    def fingerprint(self) -> str:
-        """Sha256 (hex) over config.json, every tensor's place and every shard's size; the data itself is not read.
-
-        Copies of one checkpoint have the same fingerprint, wherever they lie.
-        """
-        digest = hashlib.sha256((self.folder / "config.json").read_bytes())
-        for shard in self.shards:
-            digest.update(f"\n{shard.path.name} {shard.size_bytes}".encode())
-            for info in sorted(shard.tensors.values(), key=lambda info: info.name):
-                digest.update(f"\n{info.name} {info.dtype} {info.shape} {info.offset_bytes}".encode())
-        return digest.hexdigest()
+        self._stored(name).read_into(offset, out.reshape(-1).view(np.uint8).data)
 
     def state(self) -> str:
         """Sha256 (hex) that differs once a file is written to or replaced; a build goes on from what is of the same."""
-        known = [f"{path.name} {identity}" for path, identity in self._identities.items()]
+        known = [f"{path.name} {identity}" for path, identity in self.identities.items()]
         return hashlib.sha256("\n".join(known).encode()).hexdigest()
 
     def assert_unchanged(self) -> None:
@@ -199,15 +221,15 @@ class Checkpoint:
         Raises:
             CheckpointError: naming the files that have.
         """
-        changed = [path.name for path, identity in self._identities.items() if _Identity.of(path) != identity]
+        changed = [path.name for path, identity in self.identities.items() if Identity.of(path) != identity]
         if changed:
             hint = "export again when nothing writes to the checkpoint"
             raise CheckpointError(f"changed while it was read: {listed(changed)}", where=self.folder, hint=hint)
 
-    def _stored(self, name: str) -> _Stored:
-        if name not in self._tensors:
+    def _stored(self, name: str) -> Stored:
+        if name not in self.tensors:
             raise CheckpointError("no such tensor", where=f"{self.folder}: {name}")
-        return self._tensors[name]
+        return self.tensors[name]
 
 
 def listed(items: Iterable[str]) -> str:
@@ -352,10 +374,10 @@ def _check_index(folder: Path, weight_map: Mapping[str, str], shards: Iterable[T
         raise CheckpointError(f"index and shards disagree: {listed(faults)}", where=where, hint="download them again")
 
 
-def _collect(shards: tuple[TensorFile, ...]) -> dict[str, _Stored]:
+def _collect(shards: tuple[TensorFile, ...]) -> dict[str, Stored]:
     """Every tensor under its published name."""
     stored = [
-        (published_name(info.name), _Stored(shard.path, info)) for shard in shards for info in shard.tensors.values()
+        (published_name(info.name), InFile(shard.path, info)) for shard in shards for info in shard.tensors.values()
     ]
     counts = Counter(name for name, _ in stored)
     if twice := [show(name) for name, count in counts.items() if count > 1]:

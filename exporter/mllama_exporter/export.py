@@ -33,6 +33,7 @@ from mllama_exporter.graphs import (
 from mllama_exporter.ort_graphs import ort_graph_from_graph
 from mllama_exporter.placement import WeightsFile, finished_move, link, moved_files, own_files, remove_sources
 from mllama_exporter.sampling_graphs import greedy_graph_from_config, sampler_graph_from_config
+from mllama_exporter.sources import checkpoint_from_folder
 from mllama_exporter.text_files import write_text_files
 from mllama_exporter.weights import WeightSpec, check_room, checked_weights, write_weights
 
@@ -53,7 +54,7 @@ class ExportOptions:
     num_layers: keep only the first layers of the decoder, for debugging. clamp: clip what is beyond FP16's range
     instead of refusing it. text_only: leave out the vision tower and the cross-attention layers; what remains is the
     text model that Llama 3.2 Vision was made from. weights: "move" makes the checkpoint's own files the bundle's,
-    which takes no room and leaves the checkpoint without them.
+    which takes no room and leaves the checkpoint without them. adapter: a folder with a LoRA adapter to merge.
     """
 
     precision: ExportPrecision = "fp32"
@@ -62,6 +63,7 @@ class ExportOptions:
     clamp: bool = False
     text_only: bool = False
     weights: Literal["copy", "move"] = "copy"
+    adapter: Path | None = None
 
 
 def bundle_from_checkpoint(
@@ -77,12 +79,12 @@ def bundle_from_checkpoint(
     """
     if options.weights == "move" and (moved := finished_move(folder, output)):
         return moved
-    checkpoint = Checkpoint.open(folder)
+    checkpoint = checkpoint_from_folder(folder, options.adapter)
     config = checkpoint.config if options.num_layers is None else truncate(checkpoint.config, options.num_layers)
     config = replace(config, is_text_only=options.text_only)
     checkpoint.check(config)
     with BundleWriter(output, not_inside=folder, key=_key(checkpoint, options)) as writer:
-        write_text_files(folder, writer, config)
+        write_text_files(checkpoint.text_folder, writer, config)
         graphs = _graphs(checkpoint, config, options, writer, progress)
         plan = _weight_plan(graphs.weights, config, options)
         files = _files(checkpoint, plan, options)
@@ -102,7 +104,7 @@ def bundle_from_checkpoint(
 
 def _key(checkpoint: Checkpoint, options: ExportOptions) -> str:
     """Of everything that the bundle depends on."""
-    return repr((checkpoint.fingerprint(), checkpoint.state(), options, tool_versions(_TOOLS)))
+    return repr((checkpoint.fingerprint, checkpoint.state(), options, tool_versions(_TOOLS)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,7 +251,7 @@ def _manifest(
     weights: Collection[_Weights],
 ) -> Manifest:
     return Manifest(
-        name=printable(checkpoint.folder.resolve().name),  # a folder may be called anything
+        name=printable(checkpoint.text_folder.resolve().name),  # a folder may be called anything
         model=config,
         mask_semantics=options.mask_semantics,
         precision=options.precision,
@@ -257,13 +259,17 @@ def _manifest(
         files={},
         tools=tool_versions(_TOOLS),
         source=Source(
-            fingerprint=checkpoint.fingerprint(),
-            format="hf",
+            fingerprint=checkpoint.fingerprint,
+            format=checkpoint.format,
             num_tensors=len(plan),
             num_parameters=sum(math.prod(spec.shape) for spec in plan),
             files={},
         ),
-        options={"num_layers": options.num_layers, "clamp": options.clamp},
+        options={
+            "num_layers": options.num_layers,
+            "clamp": options.clamp,
+            "adapter": printable(options.adapter.resolve().name) if options.adapter else None,
+        },
         weights=WeightStats(
             num_clamped=sum(file.num_clamped for file in weights),
             num_nonfinite=sum(file.num_nonfinite for file in weights),

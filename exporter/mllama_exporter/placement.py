@@ -62,6 +62,9 @@ def moved_files(checkpoint: Checkpoint, plan: Sequence[WeightSpec]) -> list[Weig
     Raises:
         UsageError: a tensor would have to be cast, or is of no use to the bundle.
     """
+    if not checkpoint.shards:
+        hint = "leave out --weights move"
+        raise UsageError("its weights are made on the way, and cannot be moved", where=checkpoint.folder, hint=hint)
     specs = {spec.name: spec for spec in plan}
     files = []
     for name, shard in zip(_names(len(checkpoint.shards)), checkpoint.shards, strict=True):

@@ -25,6 +25,8 @@ _SYMBOL = re.compile(r"([1-9][0-9]*\*)?[A-Za-z_][A-Za-z0-9_]*")  # "batch", or a
 BasePrecision = Literal["fp32", "fp16", "bf16"]
 QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
 Precision = Literal[BasePrecision, QuantizedPrecision]
+SourceFormat = Literal["hf", "meta"]
+"""A checkpoint as Hugging Face's libraries read it, or Meta's own files."""
 GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort", "decoder_cuda", "greedy", "sampler"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 
@@ -60,7 +62,7 @@ class Source:
     """The checkpoint a bundle was made from."""
 
     fingerprint: str
-    format: Literal["hf"]
+    format: SourceFormat
     num_tensors: int
     num_parameters: int
     files: Mapping[str, FileEntry]

@@ -330,15 +330,15 @@ def test_a_file_gone_since_opening_is_noticed(tmp_path: Path) -> None:
 
 def test_the_fingerprint_is_of_the_checkpoint_not_of_its_place(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path / "a", num_shards=2)
-    before = Checkpoint.open(folder).fingerprint()
+    before = Checkpoint.open(folder).fingerprint
     assert len(before) == 64
-    assert Checkpoint.open(Path(shutil.copytree(folder, tmp_path / "b"))).fingerprint() == before
+    assert Checkpoint.open(Path(shutil.copytree(folder, tmp_path / "b"))).fingerprint == before
     others = [
         write_checkpoint(tmp_path / "c", num_shards=3),
         write_checkpoint(tmp_path / "d", num_shards=2, dtype=torch.float16),
         write_checkpoint(tmp_path / "e", num_shards=2, config=tiny(text={"rope_theta": 10000.0})),
     ]
-    assert len({before, *(Checkpoint.open(other).fingerprint() for other in others)}) == 4
+    assert len({before, *(Checkpoint.open(other).fingerprint for other in others)}) == 4
 
 
 def test_truncation_keeps_the_first_layers(tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_fp32_through_the_command(bundle_of, miniature: Path, tmp_path: Path) ->
     assert report == json.loads((bundle / REPORT_NAME).read_text())
     assert report["verdict"] == "pass"
     assert (report["precision"], report["mask_semantics"], report["backend"]) == ("fp32", "hf", "cpu")
-    assert report["reference"]["fingerprint"] == Checkpoint.open(miniature).fingerprint()
+    assert report["reference"]["fingerprint"] == Checkpoint.open(miniature).fingerprint
     assert report["tools"]["transformers"] in report["reference"]["library"]
     assert [each["name"] for each in report["not_run"]] == ["device"]
     assert report["summary"].endswith("(fp32 on cpu, hf semantics, against checkpoint)")
@@ -359,8 +359,8 @@ def test_another_checkpoint_is_refused(bundle_of, miniature: Path, tmp_path: Pat
     result = mllama("validate", bundle, "--reference", other, "--json")
     assert result.exit_code == 3
     message = json.loads(result.stdout)["error"]["message"]
-    assert Checkpoint.open(miniature).fingerprint() in message
-    assert Checkpoint.open(other).fingerprint() in message
+    assert Checkpoint.open(miniature).fingerprint in message
+    assert Checkpoint.open(other).fingerprint in message
     assert Bundle.open(bundle).manifest.validation is None
 
 

@@ -63,10 +63,16 @@ _STEPS = {
     show_default=True,
     help="move: the checkpoint's own files become the bundle's, which takes no room and leaves it without them.",
 )
+@click.option(
+    "--adapter",
+    type=click.Path(path_type=Path),
+    help="A folder with a PEFT LoRA adapter, merged into the weights as they are written.",
+)
 @click.option("--clamp", is_flag=True, help="Cut weights beyond FP16's range to its limit instead of refusing them.")
 @json_option
 def command(checkpoint: Path, bundle: Path, as_json: bool, **options: Any) -> None:
-    """Make BUNDLE, a new folder, from CHECKPOINT, a Hugging Face folder of an mllama model.
+    """Make BUNDLE, a new folder, from CHECKPOINT: a Hugging Face folder of an mllama model, or Meta's files in the
+    folder `original` inside it.
 
     Needs no GPU, and little memory whatever the size of the checkpoint.
     """

@@ -156,7 +156,7 @@ def report_from_bundle(
         backend=candidate.backend.name,
         reference=ReferenceInfo(
             name=checkpoint.folder.resolve().name,
-            fingerprint=checkpoint.fingerprint(),
+            fingerprint=checkpoint.fingerprint,
             library=f"transformers {versions['transformers']}",
             dtype="float32",
             attention=ATTENTION,
@@ -256,12 +256,12 @@ def _checked(bundle: Bundle, reference: Path) -> Checkpoint:
     if problems:
         raise GateError(f"the bundle is damaged: {'; '.join(map(str, problems))}", where=bundle.root)
     checkpoint, expected = Checkpoint.open(reference), bundle.manifest.source.fingerprint
-    if checkpoint.fingerprint() != expected:
+    if checkpoint.fingerprint != expected:
         raise InputError(
             f"not the checkpoint that {bundle.root} was made from",
             where=reference,
             expected=f"fingerprint {expected}",
-            found=checkpoint.fingerprint(),
+            found=checkpoint.fingerprint,
         )
     return checkpoint
 
@@ -270,7 +270,7 @@ def _bounds(bundle: Bundle, checkpoint: Checkpoint) -> dict[GraphKind, Bounds]:
     """Of the kinds of graphs that run at the bundle's precision."""
     manifest, dtypes = (
         bundle.manifest,
-        {tensor.dtype for shard in checkpoint.shards for tensor in shard.tensors.values()},
+        checkpoint.dtypes,
     )
     return bounds_of(manifest.precision, manifest.quantization, dtypes, manifest.weights.num_clamped)
 
