@@ -3,8 +3,8 @@
     python tests/bench/random_checkpoint.py DIR --size midsize
 
 Weights are streamed, so the size is bounded by the disk alone, and drawn on all cores. The same seed gives the same
-weights on any number of them. The tokenizer is the miniature's, padded with unused
-entries to the model's vocabulary.
+weights on any number of them. The tokenizer is the miniature's, padded with unused entries to the model's vocabulary.
+With --sparse the weights are zeros but for one in each tensor, and take hardly any disk: for structure and memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from mllama_exporter.checkpoint import expected_tensors
+from mllama_exporter.checkpoint import Shape, expected_tensors
 from mllama_runtime.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from mllama_runtime.tensorfile import encode_header
 
@@ -101,24 +101,32 @@ INSTRUCT_90B = replace(
         cross_attention_layers=tuple(range(3, 100, 5)),
     ),
 )
-SIZES = {"midsize": MIDSIZE, "11b-instruct": INSTRUCT_11B, "90b-instruct": INSTRUCT_90B}
+BASE_11B = replace(INSTRUCT_11B, vision=replace(INSTRUCT_11B.vision, image_size=448))
+GUARD_11B = INSTRUCT_11B  # Llama Guard 3 11B Vision is tuned from it
+SIZES = {
+    "midsize": MIDSIZE,
+    "11b": BASE_11B,
+    "11b-instruct": INSTRUCT_11B,
+    "guard-3-11b": GUARD_11B,
+    "90b-instruct": INSTRUCT_90B,
+}
+_SHARD_BYTES = 5 * 10**9  # as in the published checkpoints
 
 
-def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0) -> None:
+def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0, sparse: bool = False) -> None:
     """A BF16 checkpoint: matrices ~ N(0, 1/columns), norms near 1, gates at 0.5, so that activations stay tame."""
     folder.mkdir(parents=True)
-    shapes = expected_tensors(config)
-    header, infos = encode_header((name, "BF16", shape) for name, shape in shapes.items())
-    num_threads = len(os.sched_getaffinity(0))
-    with (folder / "model.safetensors").open("wb") as file, ThreadPoolExecutor(num_threads) as threads:
-        file.write(header)
-        blocks = (
-            (seed, index, start, min(_BLOCK, math.prod(info.shape) - start), *_distribution(info.name, info.shape))
-            for index, info in enumerate(infos)
-            for start in range(0, math.prod(info.shape), _BLOCK)
-        )
-        for group in _groups(blocks, num_threads):  # what is drawn ahead stays in memory
-            file.writelines(threads.map(_drawn, group))
+    shards = _shards(expected_tensors(config))
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{index:05}-of-{len(shards):05}.safetensors" for index in range(1, len(shards) + 1)]
+        weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    first = 0
+    for name, shard in zip(names, shards, strict=True):
+        (_write_sparse if sparse else _write_drawn)(folder / name, shard, seed, first)
+        first += len(shard)
     (folder / "config.json").write_text(json.dumps(_hf_config(config), indent=2))
     _write_tokenizer(folder, config)
     preprocessor = json.loads((MINIATURE / "preprocessor_config.json").read_text())
@@ -126,6 +134,43 @@ def write_random_checkpoint(folder: Path, config: ModelConfig, *, seed: int = 0)
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
     for name in ("chat_template.jinja", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json"):
         shutil.copyfile(MINIATURE / name, folder / name)
+
+
+def _shards(shapes: dict[str, Shape]) -> list[dict[str, Shape]]:
+    shards: list[dict[str, Shape]] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        size += 2 * math.prod(shape)
+        if shards[-1] and size > _SHARD_BYTES:
+            shards.append({})
+            size = 2 * math.prod(shape)
+        shards[-1][name] = shape
+    return shards
+
+
+def _write_drawn(path: Path, shapes: dict[str, Shape], seed: int, first: int) -> None:
+    """first: the number of the file's first tensor."""
+    header, infos = encode_header((name, "BF16", shape) for name, shape in shapes.items())
+    num_threads = len(os.sched_getaffinity(0))
+    with path.open("wb") as file, ThreadPoolExecutor(num_threads) as threads:
+        file.write(header)
+        blocks = (
+            (seed, index, start, min(_BLOCK, math.prod(info.shape) - start), *_distribution(info.name, info.shape))
+            for index, info in enumerate(infos, start=first)
+            for start in range(0, math.prod(info.shape), _BLOCK)
+        )
+        for group in _groups(blocks, num_threads):  # what is drawn ahead stays in memory
+            file.writelines(threads.map(_drawn, group))
+
+
+def _write_sparse(path: Path, shapes: dict[str, Shape], seed: int, first: int) -> None:
+    header, infos = encode_header((name, "BF16", shape) for name, shape in shapes.items())
+    with path.open("wb") as file:
+        file.write(header)
+        for info in infos:
+            file.seek(info.offset_bytes)
+            file.write(b"\x00\x3f")  # 0.5
+        file.truncate(len(header) + sum(info.size_bytes for info in infos))
 
 
 def _groups(blocks: Iterator[Block], size: int) -> Iterator[list[Block]]:
@@ -223,6 +268,9 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="midsize")
     parser.add_argument("--layers", type=int, help="keep only so many decoder layers")
+    parser.add_argument("--sparse", action="store_true", help="zeros that take no disk")
     arguments = parser.parse_args()
     chosen = SIZES[arguments.size]
-    write_random_checkpoint(arguments.folder, with_layers(chosen, arguments.layers) if arguments.layers else chosen)
+    if arguments.layers:
+        chosen = with_layers(chosen, arguments.layers)
+    write_random_checkpoint(arguments.folder, chosen, sparse=arguments.sparse)
