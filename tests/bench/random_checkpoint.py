@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 from mllama_exporter.checkpoint import Shape, expected_tensors
+from mllama_exporter.sizing import PUBLISHED
 from mllama_runtime.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from mllama_runtime.tensorfile import encode_header
 
@@ -61,46 +62,7 @@ MIDSIZE = ModelConfig(
     ),
     image_token_id=32064,
 )
-INSTRUCT_11B = ModelConfig(
-    vision=VisionConfig(
-        hidden_size=1280,
-        num_heads=16,
-        num_layers=32,
-        num_global_layers=8,
-        intermediate_size=5120,
-        intermediate_layers_indices=(3, 7, 15, 23, 30),
-        image_size=560,
-        patch_size=14,
-        max_num_tiles=4,
-        supported_aspect_ratios=_RATIOS,
-        norm_eps=1e-5,
-        hidden_act="gelu",
-    ),
-    text=TextConfig(
-        vocab_size=128256,
-        hidden_size=4096,
-        num_layers=40,
-        num_heads=32,
-        num_kv_heads=8,
-        intermediate_size=14336,
-        rms_norm_eps=1e-5,
-        max_seq_len=131072,
-        cross_attention_layers=(3, 8, 13, 18, 23, 28, 33, 38),
-        rope=RopeConfig("llama3", 500000.0, 8.0, 1.0, 4.0, 8192),
-    ),
-    image_token_id=128256,
-)
-INSTRUCT_90B = replace(
-    INSTRUCT_11B,
-    text=replace(
-        INSTRUCT_11B.text,
-        hidden_size=8192,
-        num_layers=100,
-        num_heads=64,
-        intermediate_size=28672,
-        cross_attention_layers=tuple(range(3, 100, 5)),
-    ),
-)
+INSTRUCT_11B, INSTRUCT_90B = PUBLISHED["11b"], PUBLISHED["90b"]
 BASE_11B = replace(INSTRUCT_11B, vision=replace(INSTRUCT_11B.vision, image_size=448))
 GUARD_11B = INSTRUCT_11B  # Llama Guard 3 11B Vision is tuned from it
 SIZES = {

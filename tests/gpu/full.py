@@ -19,6 +19,7 @@ from gpu.command import mllama, need_disk, snapshot
 from gpu.runner import Context, Row, SkipError, Step
 from gpu.small import BACKENDS, MINIATURE, need_backend
 from mllama_exporter.checkpoint import expected_tensors
+from mllama_exporter.sizing import weights_of
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.device.cuda import open_cuda_device
 from mllama_runtime.engine_record import Limits
@@ -31,10 +32,6 @@ PROMPT_LEN, CACHE_LEN, STEPS = 128, 1024, 64
 # An engine's kernels are chosen for its largest batch, so the latency of one request has an engine of its own.
 BATCHES = {1: (1,), 64: (1, 4, 16, 64)}
 _CALIBRATED: tuple[Precision, ...] = ("int8", "fp8")
-_BITS: dict[Precision, float] = {  # of a number in a decoder's matrix; int4 has a scale of 16 bits for every 128
-    **{"fp32": 32, "fp16": 16, "bf16": 16},
-    **{"int8-weight": 8, "int8": 8, "fp8": 8, "int4": 4 + 16 / 128},
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +48,8 @@ class Model:
         return sum(map(math.prod, expected_tensors(self.config).values()))
 
     def bundle_bytes(self, precision: Precision) -> int:
-        """Of its weights; what is not quantised has 16 bits, or 32 in fp32."""
-        rest, total = (32 if precision == "fp32" else 16), 0.0
-        for name, shape in expected_tensors(self.config).items():
-            is_matrix = name.startswith("language_model.") and len(shape) == 2 and "embed_tokens" not in name
-            total += math.prod(shape) * (_BITS[precision] if is_matrix else rest) / 8
-        return int(total)
+        """Of its weights."""
+        return weights_of(self.config, precision).total_bytes
 
 
 MODELS = (

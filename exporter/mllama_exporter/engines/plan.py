@@ -125,10 +125,10 @@ def profiles_from_limits(graph: GraphName, spec: GraphSpec, limits: Limits) -> t
     if graph != "decoder":
         name: Literal["images", "rows"] = "images" if graph == "vision" else "rows"
         return (Profile(name, _ranges(spec, {name: (1, 1, batch)}, limits)),)
-    # Prompts go row by row. The profiles must agree on whether the batch is fixed, though, or TensorRT-RTX lays out
-    # packed weights for each anew, and keeps both.
-    prompt = {"batch": (1, 1, min(2, batch)), "seq": (1, chunk, chunk), "num_logits": (1, 1, min(MAX_LOGITS, chunk))}
-    token = {"batch": (1, batch, batch), "seq": (1, 1, 1), "num_logits": (1, 1, 1)}
+    # Prompts go row by row. But where a profile fixes the batch at one, TensorRT-RTX lays out weights for it anew, and
+    # keeps both: half as much again. So no profile does, even if there is to be one row only.
+    prompt = {"batch": (1, 1, 2), "seq": (1, chunk, chunk), "num_logits": (1, 1, min(MAX_LOGITS, chunk))}
+    token = {"batch": (1, batch, max(2, batch)), "seq": (1, 1, 1), "num_logits": (1, 1, 1)}
     text = {"cross_rows": (0, 0, 0), "num_tiles": (1, 1, 1)}
     seen = {"num_tiles": (1, tiles, tiles)}
     of_text = (

@@ -27,6 +27,11 @@ class Estimate:
     disk_bytes: int
 
 
+def build_memory_bytes(weights_bytes: int) -> int:
+    """Host memory to build the engine of a graph with so many bytes of weights."""
+    return int(MEMORY_BASE_BYTES + MEMORY_PER_WEIGHT_BYTE * weights_bytes)
+
+
 def estimate_from_bundle(bundle: Bundle) -> Estimate:
     """Graphs are built one after the other, so memory is that of the largest; the disk takes all.
 
@@ -38,7 +43,7 @@ def estimate_from_bundle(bundle: Bundle) -> Estimate:
         tensors = external_tensors(bundle.path(bundle.manifest.graphs[graph].file))
         weights.append(sum({(tensor.location, tensor.offset): tensor.length for tensor in tensors}.values()))
     return Estimate(
-        memory_bytes=int(MEMORY_BASE_BYTES + MEMORY_PER_WEIGHT_BYTE * max(weights)),
+        memory_bytes=build_memory_bytes(max(weights)),
         disk_bytes=DISK_BASE_BYTES + sum(weights),
     )
 
