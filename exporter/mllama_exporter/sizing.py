@@ -162,8 +162,8 @@ def cache_dtype(precision: Precision) -> DType:
 def workspace_bytes(model: ModelConfig, limits: Limits, precision: Precision) -> int:
     """An estimate of what an engine takes for activations: the largest of pictures, a prompt's chunk and sampling.
 
-    A rule fitted to TensorRT-RTX 1.7.1's own figures for 16 engines of two models of up to 0.4 billion parameters in
-    FP16: it is 6% below to 37% above those of the larger, and up to 2.3 times those of the smaller one.
+    A rule fitted to TensorRT-RTX 1.7.1's own figures for 14 engines in FP16 of two small models: it is 16% below to 8%
+    above those of one of 0.3 billion parameters, and 1.2 to 2.4 times those of the miniature.
     """
     text, vision, item = model.text, model.vision, _BASE_BYTES.get(precision, 2)
     tokens = 2 * limits.prefill_chunk  # the profile for prompts takes two rows
