@@ -18,11 +18,11 @@ from mllama_runtime.preprocessing import PreprocessorConfig, supported_aspect_ra
 from mllama_runtime.tokenizer import Tokenizer
 
 from mllama_exporter.hf_config import read_json_object
+from mllama_exporter.licence import write_licence
 
 T = TypeVar("T")
 
 _TOKEN_VARIABLES = ("bos_token", "eos_token", "pad_token", "unk_token")
-_LICENCE_PREFIXES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
 
 
 def write_text_files(folder: Path, writer: BundleWriter, config: ModelConfig) -> None:
@@ -41,10 +41,7 @@ def write_text_files(folder: Path, writer: BundleWriter, config: ModelConfig) ->
         _write_json(writer, "preprocessor.json", _preprocessor(folder, config).to_dict())
     eos_token_ids = _eos_token_ids(folder, config)
     _write_json(writer, "generation.json", {"eos_token_ids": eos_token_ids, "token_variables": variables})
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name.upper().startswith(_LICENCE_PREFIXES):
-            (writer.path / path.name).write_bytes(_checked(path, path.read_bytes))
-            writer.add_file(path.name)
+    write_licence(folder, writer, lambda path: _checked(path, path.read_bytes))
 
 
 def _tokenizer(folder: Path, writer: BundleWriter, config: ModelConfig) -> Tokenizer:

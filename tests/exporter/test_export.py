@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import onnx
 import pytest
 from mllama_exporter import export as export_module
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
+from mllama_exporter.licence import licence_notices
 from mllama_runtime import CheckpointError, Engine, Request, RequestError, SamplingParams
 from mllama_runtime.bundle import Bundle
 from safetensors.numpy import load_file
@@ -184,3 +186,32 @@ def test_a_checkpoint_that_changes_meanwhile_is_noticed(
     with pytest.raises(CheckpointError, match="changed while it was read"):
         bundle_from_checkpoint(checkpoint, tmp_path / "bundle", ExportOptions())
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+LLAMA = "LLAMA 3.2 COMMUNITY LICENSE AGREEMENT\nLlama 3.2 Version Release Date: September 25, 2024\n"
+
+
+def test_a_llama_licence_travels_along_with_its_notice(checkpoint: Path, tmp_path: Path) -> None:
+    for name in ("LICENSE", "NOTICE"):
+        (checkpoint / name).unlink()
+    (checkpoint / "LICENSE.txt").write_text(LLAMA)
+    (checkpoint / "USE_POLICY.md").write_text("Be good.")
+    bundle = bundle_from_checkpoint(checkpoint, tmp_path / "bundle", ExportOptions())
+    assert bundle.path("LICENSE.txt").read_text() == LLAMA
+    assert bundle.path("USE_POLICY.md").read_text() == "Be good."
+    notice = bundle.path("NOTICE").read_text()
+    assert "licensed under the Llama 3.2 Community License, Copyright (c) Meta Platforms, Inc." in notice
+    assert "Built with Llama" in notice
+
+    def notices(name: str) -> list[str]:
+        return licence_notices(replace(bundle.manifest, name=name), lambda name: bundle.path(name).read_bytes())
+
+    assert notices("Llama-mine") == []
+    assert notices("mine") == ['"mine" does not begin with "Llama", which the licence wants of models made from Llama']
+
+
+def test_a_checkpoint_without_a_licence_is_said_to_have_none(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "LICENSE").unlink()
+    bundle = bundle_from_checkpoint(checkpoint, tmp_path / "bundle", ExportOptions())
+    (notice,) = licence_notices(bundle.manifest, lambda name: bundle.path(name).read_bytes())
+    assert notice.startswith("the checkpoint has no licence file")

@@ -80,6 +80,10 @@ def command(checkpoint: Path, bundle: Path, as_json: bool, **options: Any) -> No
         from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 
         exported = bundle_from_checkpoint(checkpoint, bundle, ExportOptions(**options), steps)
+    from mllama_exporter.licence import licence_notices
+
+    for notice in licence_notices(exported.manifest, lambda name: exported.path(name).read_bytes()):
+        click.echo(f"notice: {printable(notice)}", err=True)
     result = _result(exported, steps)
     if as_json:
         click.echo(json.dumps(result))
