@@ -52,7 +52,7 @@ def test_a_whole_export(miniature: Path, tmp_path: Path) -> None:
     assert bundle.verify(full=True).problems == ()
     manifest = bundle.manifest
     assert (manifest.precision, manifest.mask_semantics, manifest.model.text.num_layers) == ("bf16", "meta", 4)
-    assert dict(manifest.options) == {"num_layers": 4, "clamp": True}
+    assert dict(manifest.options) == {"num_layers": 4, "clamp": True, "adapter": None}
 
     seconds, peak = result.pop("seconds"), result.pop("peak_memory_bytes")
     assert result == {
