@@ -14,7 +14,9 @@ import torch
 import transformers
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 from mllama_exporter.sources import checkpoint_from_folder
-from mllama_runtime import CheckpointError, UsageError
+from mllama_exporter.validate import report_from_bundle
+from mllama_exporter.validate.samples import builtin_samples
+from mllama_runtime import CheckpointError, InputError, UsageError
 from mllama_runtime.bundle import Bundle
 from safetensors.torch import load_file, save_file
 
@@ -165,3 +167,12 @@ def test_what_is_merged_cannot_be_moved(adapter: Path, miniature: Path, tmp_path
     options = ExportOptions(precision="bf16", adapter=adapter, weights="move")
     with pytest.raises(UsageError, match="its weights are made on the way, and cannot be moved"):
         bundle_from_checkpoint(miniature, tmp_path / "bundle", options)
+
+
+def test_a_merged_bundle_is_validated_against_the_merged_model(miniature: Path, adapter: Path, tmp_path: Path) -> None:
+    bundle = bundle_from_checkpoint(miniature, tmp_path / "bundle", ExportOptions(adapter=adapter))
+    with pytest.raises(InputError, match=r"not the checkpoint that .* was made from.*; give the adapter lora too"):
+        report_from_bundle(bundle, miniature)
+    few = [sample for sample in builtin_samples(bundle.manifest.model.vision) if sample.name.startswith("canvas_1")]
+    report = report_from_bundle(bundle, miniature, adapter=adapter, samples=few, max_steps=4)
+    assert report.verdict == "pass", report.summary

@@ -12,6 +12,8 @@ import torch
 from mllama_exporter.checkpoint import Checkpoint
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 from mllama_exporter.sources import checkpoint_from_folder
+from mllama_exporter.validate import report_from_bundle
+from mllama_exporter.validate.samples import builtin_samples
 from mllama_runtime import CheckpointError
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
@@ -182,6 +184,9 @@ def test_the_same_bundle_comes_of_either_form(num_ranks: int, meta_of: Callable[
     assert found.manifest.name == expected.manifest.name
     assert found.verify(full=True).problems == ()
     assert Bundle.open(found.root).manifest == found.manifest
+    few = [sample for sample in builtin_samples(found.manifest.model.vision) if sample.name == "text_before_picture"]
+    report = report_from_bundle(found, folder / "original", samples=few, max_steps=4)
+    assert report.verdict == "pass", report.summary
 
 
 FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {

@@ -31,6 +31,9 @@ _EXAMPLE = example(
     help="The checkpoint folder the bundle was exported from.",
 )
 @click.option(
+    "--adapter", type=click.Path(path_type=Path), help="The LoRA adapter that was merged into it, for such a bundle."
+)
+@click.option(
     "--backend",
     type=click.Choice(BACKENDS),
     default="cpu",
@@ -66,6 +69,7 @@ def command(
     ctx: click.Context,
     bundle: Path,
     reference: Path,
+    adapter: Path | None,
     backend: str,
     task: Path | None,
     max_steps: int,
@@ -101,6 +105,7 @@ def command(
     report = report_from_bundle(
         opened,
         reference,
+        adapter=adapter,
         backend=backend,
         task=questions,
         max_steps=max_steps,

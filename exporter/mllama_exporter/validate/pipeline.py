@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
+import torch
 from mllama_runtime import __version__
 from mllama_runtime.backends import backend_from_bundle
 from mllama_runtime.backends.ort import OrtBackend
@@ -23,7 +25,8 @@ from mllama_runtime.evaluation.result import Result
 from mllama_runtime.manifest import Manifest
 from mllama_runtime.sampling import SamplingParams
 
-from mllama_exporter.checkpoint import Checkpoint
+from mllama_exporter.checkpoint import NUMPY_DTYPES, Array, Checkpoint
+from mllama_exporter.sources import checkpoint_from_folder
 from mllama_exporter.validate.agreement import agreements, answers_from_sample
 from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
 from mllama_exporter.validate.compare import (
@@ -60,6 +63,7 @@ def report_from_bundle(
     bundle: Bundle,
     reference: Path,
     *,
+    adapter: Path | None = None,
     backend: str = OrtBackend.name,
     task: Sequence[Question] = (),
     max_steps: int = 32,
@@ -71,6 +75,7 @@ def report_from_bundle(
 
     Args:
         reference: the checkpoint's folder.
+        adapter: the LoRA adapter that was merged into it.
         backend: runs the bundle, in the place of ONNX Runtime's graphs on the CPU. What each layer adds is measured on
             the CPU whatever it is, and so are the standard graphs.
         task: questions for both to answer.
@@ -85,10 +90,10 @@ def report_from_bundle(
         EnvironmentFault: a package is missing, or the back end's device.
         ResourceError: the reference does not fit into memory.
     """
-    checkpoint, precision = _checked(bundle, reference), bundle.manifest.precision
+    checkpoint, precision = _checked(bundle, reference, adapter), bundle.manifest.precision
     base = base_of(precision, bundle.manifest.quantization)
     bounds = _bounds(bundle, checkpoint)
-    processor = ReferenceProcessor(reference)
+    processor = ReferenceProcessor(checkpoint.text_folder)
     dims = bundle.manifest.model
     if samples is None:
         samples = text_samples() if dims.is_text_only else builtin_samples(dims.vision)
@@ -98,7 +103,7 @@ def report_from_bundle(
     kind: GraphKind = "ort" if candidate.backend.name == OrtBackend.name else "device"
     seen = [found for each in inputs for found in observations_from_inputs(candidate, each)]
 
-    model = _reference_model(bundle, reference)
+    model = _reference_model(bundle, checkpoint)
     watched = reference_modules(dims)
     runs = [model.run(each, max_steps, watched) for each in _ticking(inputs, "reference", progress)]
     asked = [_asked(processor, model, each) for each in _ticking(task, "task, reference", progress)]
@@ -155,7 +160,7 @@ def report_from_bundle(
         manifest=bundle.manifest,
         backend=candidate.backend.name,
         reference=ReferenceInfo(
-            name=checkpoint.folder.resolve().name,
+            name=checkpoint.text_folder.resolve().name,
             fingerprint=checkpoint.fingerprint,
             library=f"transformers {versions['transformers']}",
             dtype="float32",
@@ -232,7 +237,7 @@ def _layers(
     return table_from_errors(kind, samples, bounds)
 
 
-def _reference_model(bundle: Bundle, reference: Path) -> ReferenceModel:
+def _reference_model(bundle: Bundle, checkpoint: Checkpoint) -> ReferenceModel:
     num_layers = bundle.manifest.options.get("num_layers")
     if num_layers is not None and not isinstance(num_layers, int):
         raise BundleError("not a number of layers", where="manifest.json: options.num_layers", found=repr(num_layers))
@@ -241,38 +246,48 @@ def _reference_model(bundle: Bundle, reference: Path) -> ReferenceModel:
     if needed > memory:
         raise ResourceError(
             "the reference, in float32, does not fit into memory",
-            where=reference,
+            where=checkpoint.folder,
             expected=f"at least {needed / 1e9:.0f} GB",
             found=f"{memory / 1e9:.0f} GB",
             hint="validate on a larger machine",
         )
-    return ReferenceModel(reference, mask_semantics=bundle.manifest.mask_semantics, num_layers=num_layers)
+    weights = None
+    if not checkpoint.shards:  # in no form that transformers reads
+        weights = {name: _tensor(checkpoint.read(name)) for name in checkpoint.tensors}
+    return ReferenceModel(
+        checkpoint.text_folder, mask_semantics=bundle.manifest.mask_semantics, num_layers=num_layers, weights=weights
+    )
 
 
-def _checked(bundle: Bundle, reference: Path) -> Checkpoint:
+def _tensor(array: Array) -> torch.Tensor:
+    if array.dtype == NUMPY_DTYPES["BF16"]:  # which torch does not take from NumPy
+        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _checked(bundle: Bundle, reference: Path, adapter: Path | None) -> Checkpoint:
     """The checkpoint, if the bundle is whole and was made from it."""
     found = bundle.verify(full=True).problems
     problems = [problem for problem in found if problem.path in bundle.manifest.files]  # an old report does no harm
     if problems:
         raise GateError(f"the bundle is damaged: {'; '.join(map(str, problems))}", where=bundle.root)
-    checkpoint, expected = Checkpoint.open(reference), bundle.manifest.source.fingerprint
+    checkpoint, expected = checkpoint_from_folder(reference, adapter), bundle.manifest.source.fingerprint
     if checkpoint.fingerprint != expected:
+        merged = bundle.manifest.options.get("adapter")
         raise InputError(
             f"not the checkpoint that {bundle.root} was made from",
             where=reference,
             expected=f"fingerprint {expected}",
             found=checkpoint.fingerprint,
+            hint=f"give the adapter {merged} too" if merged and adapter is None else None,
         )
     return checkpoint
 
 
 def _bounds(bundle: Bundle, checkpoint: Checkpoint) -> dict[GraphKind, Bounds]:
     """Of the kinds of graphs that run at the bundle's precision."""
-    manifest, dtypes = (
-        bundle.manifest,
-        checkpoint.dtypes,
-    )
-    return bounds_of(manifest.precision, manifest.quantization, dtypes, manifest.weights.num_clamped)
+    manifest = bundle.manifest
+    return bounds_of(manifest.precision, manifest.quantization, checkpoint.dtypes, manifest.weights.num_clamped)
 
 
 def _ticking(items: Sequence[T], step: str, progress: Progress) -> Iterator[T]:

@@ -94,10 +94,18 @@ class ReferenceProcessor:
 class ReferenceModel:
     """A checkpoint's weights in transformers' own model, 4 bytes a parameter in memory.
 
+    folder: a Hugging Face checkpoint; with `weights`, by their published names, only its configuration is read.
     num_layers: the first text layers to keep, as `mllama export --layers` does.
     """
 
-    def __init__(self, folder: Path, *, mask_semantics: MaskSemantics, num_layers: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        mask_semantics: MaskSemantics,
+        num_layers: int | None = None,
+        weights: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         with _quiet():
             config = transformers.MllamaConfig.from_pretrained(folder, local_files_only=True)
             text = config.text_config
@@ -105,16 +113,19 @@ class ReferenceModel:
                 text.num_hidden_layers = num_layers
                 text.cross_attention_layers = [layer for layer in text.cross_attention_layers if layer < num_layers]
             self._model = transformers.MllamaForConditionalGeneration.from_pretrained(
-                folder,
+                folder if weights is None else None,
                 config=config,
+                state_dict=weights,
                 dtype=torch.float32,
                 attn_implementation=ATTENTION,
                 local_files_only=True,
             ).eval()
         self._cross_layers = frozenset(text.cross_attention_layers)
         # The checkpoint's own sampling options are no part of a greedy reference.
-        eos = self._model.generation_config.eos_token_id
-        pad = self._model.generation_config.pad_token_id
+        generation = self._model.generation_config
+        if weights is not None and (folder / "generation_config.json").is_file():
+            generation = transformers.GenerationConfig.from_pretrained(folder, local_files_only=True)
+        eos, pad = generation.eos_token_id, generation.pad_token_id
         self._model.generation_config = transformers.GenerationConfig(eos_token_id=eos, pad_token_id=pad)
         if mask_semantics == "meta":
             self._mask_attention_branches()
