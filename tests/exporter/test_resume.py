@@ -299,3 +299,41 @@ def test_what_depends_on_something_else_is_done_again(
     monkeypatch.setattr(export_module, "_traced", lambda *args: (traced.append(1), trace(*args))[1])
     bundle_from_checkpoint(checkpoint, tmp_path / "bundle", ExportOptions(precision="bf16"))
     assert traced == [1]
+
+
+# A small disk, and two at once
+
+
+def test_a_disk_that_is_too_small_is_known_before_the_weights(miniature: Path, tmp_path: Path) -> None:
+    point = tmp_path / "small"
+    point.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", point], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        process = export(miniature, point / "bundle")
+        _, stderr = process.communicate(timeout=300)
+        assert process.returncode == 5
+        last = stderr.splitlines()[-1]
+        assert last.startswith("mllama: error: ")
+        assert "the disk is full: expected" in last
+        assert "bytes free; free some space and export again" in last
+        (left,) = point.iterdir()  # the graphs, for the next time
+        assert not list(left.glob("weights*"))
+        subprocess.run(["mount", "-o", "remount,size=40m", point], check=True)
+        again = export(miniature, point / "bundle")
+        assert again.wait(timeout=300) == 0
+        assert [path.name for path in point.iterdir()] == ["bundle"]
+    finally:
+        subprocess.run(["umount", point], check=True)
+
+
+def test_two_exports_at_once(miniature: Path, tmp_path: Path) -> None:
+    both = [export(miniature, tmp_path / "bundle") for _ in range(2)]
+    answers = [process.communicate(timeout=300)[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes == [0, 3], answers
+    loser = next(answer for process, answer in zip(both, answers, strict=True) if process.returncode)
+    assert loser.splitlines()[-1].startswith("mllama: error: ")
+    assert "another export has made this bundle meanwhile" in loser or "the output folder is not empty" in loser
+    assert Bundle.open(tmp_path / "bundle").verify(full=True).problems == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
