@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -196,6 +198,20 @@ def test_a_closed_back_end_is_said_to_be_closed(bundle: Bundle) -> None:
     backend.__exit__(None, None, None)
     with pytest.raises(UsageError, match="the engine is closed"):
         backend.memory()
+
+
+def test_a_picture_kept_keeps_nothing_on_the_device(bundle: Bundle) -> None:
+    """The programs, and so the weights, go with the engine; not when the last picture does."""
+    backend = host_backend(bundle, limits=LIMITS)
+    with Engine(bundle, backend) as engine:
+        kept = engine.encode_image(one_tile(0))
+        assert kept.features.arrays()
+        engine.generate(ASK, images=[kept], sampling=SamplingParams(max_new_tokens=3))
+        program = weakref.ref(backend._opened().loaded.programs["decoder"])
+    gc.collect()
+    assert program() is None
+    with pytest.raises(UsageError, match="the engine is closed"):
+        kept.features.arrays()
 
 
 def test_the_cpu_back_end_plans_no_memory(plain: Engine) -> None:

@@ -8,26 +8,33 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime.backends.blocks import Block
 from mllama_runtime.device import Event, Session, Stream, Tensor
+from mllama_runtime.errors import UsageError
 from mllama_runtime.preprocessing import ImageTiles
 
 
 @dataclass(frozen=True, slots=True)
 class StaticFeatures:
-    """A picture, encoded when a prompt needs it: what was encoded lately need not be encoded again."""
+    """A picture, encoded when a prompt needs it: what was encoded lately need not be encoded again.
+
+    read: weakly, for a picture may be kept longer than the engine, and must not keep that on the device.
+    """
 
     key: str
     num_tiles: int
     tiles: ImageTiles = field(repr=False)
-    read: Callable[[StaticFeatures], dict[str, NDArray[np.float32]]] = field(repr=False)
+    read: WeakMethod[Callable[[StaticFeatures], dict[str, NDArray[np.float32]]]] = field(repr=False)
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
-        return self.read(self)
+        if (read := self.read()) is None:
+            raise UsageError("the engine is closed", hint="use its pictures inside its `with` block")
+        return read(self)
 
 
 class Pictures:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Self
+from weakref import WeakMethod
 
 from mllama_runtime.backends.blocks import Block
 from mllama_runtime.backends.device_tokens import DeviceTokens
@@ -112,7 +113,7 @@ class StaticBackend:
 
     def encode(self, tiles: ImageTiles) -> StaticFeatures:
         """A handle; the vision graph runs when a prompt first needs the picture."""
-        return StaticFeatures(tiles.key, tiles.num_tiles, tiles, self._opened().picture_arrays)
+        return StaticFeatures(tiles.key, tiles.num_tiles, tiles, WeakMethod(self._opened().picture_arrays))
 
     def slots(self, *, num_slots: int, cache_len: int, num_tiles: int) -> StaticSlots:
         """The slots of this back end, of which there is one set.
