@@ -115,6 +115,7 @@ def test_json(miniature: Path) -> None:
         (("11b", "--gpu", "v100"), 2, "--gpu: unknown GPU: expected l4, "),
         (("11b", "--memory", "much"), 2, "--memory: not a size"),
         (("11b", "--memory", "1GB", "--gpu", "l4"), 2, "one or the other"),
+        (("11b", "--max-tiles", 3), 2, "--max-tiles: not whole pictures: expected a multiple of 4"),
         (("11b", "--max-seq-len", 200_000), 2, "longer than the model's positions"),
     ],
 )

@@ -69,6 +69,9 @@ def command(
             expected=f"at most {config.text.max_seq_len}",
             found=max_seq_len,
         )
+    if limits.max_tiles % (num_tiles := config.vision.max_num_tiles):
+        expected = f"a multiple of {num_tiles}, the tiles of one picture with its padding"
+        raise UsageError("not whole pictures", where="--max-tiles", expected=expected, found=max_tiles)
     gpus = _gpus(gpu, memory)
     fits = {name: [fit(config, limits, precision, each) for precision in PRECISIONS] for name, each in gpus.items()}
     if as_json:

@@ -44,9 +44,9 @@ class Verb:
 
 
 VERBS = {
+    "plan": Verb("mllama_exporter.cli.plan:command", "Say what a model takes, and which GPU it fits.", "export"),
     "export": Verb("mllama_exporter.cli.export:command", "Make a bundle from a Hugging Face checkpoint.", "export"),
     "quantize": Verb("mllama_exporter.cli.quantize:command", "Make a smaller bundle of a bundle.", "export"),
-    "plan": Verb("mllama_exporter.cli.plan:command", "Say what a model takes, and which GPU it fits.", "export"),
     "build": Verb("mllama_exporter.cli.build:command", "Build a bundle's graphs into TensorRT engines.", "export"),
     "validate": Verb("mllama_exporter.cli.validate:command", "Compare a bundle with its checkpoint.", "export"),
     "inspect": Verb("mllama_runtime.cli.inspect:command", "Show what a bundle holds.", "cpu"),
