@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from mllama_runtime.backends import Backend, Features
+from mllama_runtime.backends import Backend, Chunk, Features
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.engine_record import Limits
@@ -154,14 +154,8 @@ def first_token_seconds(
         if num_tiles:  # a new picture each time: one that is known is not encoded again
             features = [backend.encode(replace(sample, key=f"sample {next(keys)}"))]
         for start, stop in pairwise([*starts, num_tokens]):
-            tokens.extend(
-                0,
-                token_ids[start:stop],
-                start,
-                visibility[start:stop],
-                features,
-                with_padding_tiles=start < num_before,
-            )
+            part = slice(start, stop)
+            tokens.extend(0, Chunk(token_ids[part], start, visibility[part], features, start < num_before))
         tokens.first(0, Sampler(SamplingParams(), model.text.vocab_size)).read()
         tokens.leave(0)
 
@@ -180,7 +174,7 @@ class Decoding:
         visibility, token_ids = np.ones((1, case.num_tiles), np.bool_), np.zeros(1, np.int64)
         for slot in self._slots:  # two tokens stand for all that are cached
             for position in (0, case.num_cached - 1):
-                self._tokens.extend(slot, token_ids, position, visibility, features, with_padding_tiles=False)
+                self._tokens.extend(slot, Chunk(token_ids, position, visibility, features))
             self._tokens.first(slot, Sampler(SamplingParams(), model.text.vocab_size)).read()
 
     def step(self) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_runtime.backends import Features, Slots
+from mllama_runtime.backends import Chunk, Features, Slots
 from mllama_runtime.config import MaskSemantics
 from mllama_runtime.errors import MllamaError
 from mllama_runtime.sampling import Sampled, Sampler
@@ -94,15 +94,6 @@ class Row:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens [start, stop) of a prompt. with_padding_tiles: see `Slots.prefill`."""
-
-    start: int
-    stop: int
-    with_padding_tiles: bool
-
-
 def chunks_of(row: Row, mask_semantics: MaskSemantics, size: int) -> Iterator[Chunk]:
     """A prompt in chunks of at most `size` tokens.
 
@@ -113,20 +104,16 @@ def chunks_of(row: Row, mask_semantics: MaskSemantics, size: int) -> Iterator[Ch
     num_before = int(sees_any.argmax()) if row.features and mask_semantics == "hf" else 0
     edges = [*range(0, num_before, size), *range(num_before, num_tokens, size), num_tokens]
     for start, stop in pairwise(edges):
-        yield Chunk(start, stop, with_padding_tiles=start < num_before)
+        part = slice(start, stop)
+        yield Chunk(
+            row.token_ids[part], start, row.visibility[part], row.features, with_padding_tiles=start < num_before
+        )
 
 
 def prefill(slots: Slots, slot: int, row: Row, mask_semantics: MaskSemantics) -> NDArray[np.float32]:
     """Feed a row's whole prompt to its slot; returns the last token's logits [vocab]."""
     logits = np.empty((0, 0), np.float32)
     for chunk in chunks_of(row, mask_semantics, slots.prefill_chunk):
-        logits = slots.prefill(
-            slot,
-            row.token_ids[chunk.start : chunk.stop],
-            chunk.start,
-            row.visibility[chunk.start : chunk.stop],
-            row.features,
-            with_padding_tiles=chunk.with_padding_tiles,
-        )
+        logits = slots.prefill(slot, chunk)
     last: NDArray[np.float32] = logits[-1]
     return last

@@ -10,8 +10,9 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+from mllama_runtime.backends import Chunk
 from mllama_runtime.config import MaskSemantics
-from mllama_runtime.decode import Chunk, Row, TokenEvent, chunks_of
+from mllama_runtime.decode import Row, TokenEvent, chunks_of
 from mllama_runtime.errors import MllamaError
 from mllama_runtime.sampling import Sampled
 from mllama_runtime.speculation import Lookup
@@ -121,15 +122,8 @@ class Loop:
                 self._joining = self._enter(self._waiting.popleft())
             row, chunks = self._joining
             chunk = next(chunks)
-            self._tokens.extend(
-                row.slot,
-                row.token_ids[chunk.start : chunk.stop],
-                chunk.start,
-                row.visibility[chunk.start : chunk.stop],
-                row.features,
-                with_padding_tiles=chunk.with_padding_tiles,
-            )
-            budget -= chunk.stop - chunk.start
+            self._tokens.extend(row.slot, chunk)
+            budget -= len(chunk.token_ids)
             if chunk.stop == len(row.token_ids):
                 self._joining = None
                 row.features = ()  # the slot has its own copy, without padding tiles

@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_runtime.backends import Features, Slots
+from mllama_runtime.backends import Chunk, Slots
 from mllama_runtime.errors import MllamaError
 from mllama_runtime.sampling import Sampled, Sampler
 
@@ -38,17 +38,8 @@ class TokenSlots(Protocol):
         """Steps that may be under way when the next begins; 0 where a step is done when it returns."""
         ...
 
-    def extend(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        *,
-        with_padding_tiles: bool,
-    ) -> None:
-        """Append a chunk of a prompt to a slot; see `Slots.prefill`. Position 0 begins a new request there."""
+    def extend(self, slot: int, chunk: Chunk) -> None:
+        """Append a chunk of a prompt to a slot."""
         ...
 
     def first(self, slot: int, sampler: Sampler) -> Pending:
@@ -86,21 +77,9 @@ class HostTokens:
         self._visible: dict[int, NDArray[np.bool_]] = {}  # what the last token of each slot's prompt sees: [tiles]
         self._positions, self._last = np.zeros(num_slots, np.int64), np.zeros(num_slots, np.int64)
 
-    def extend(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        *,
-        with_padding_tiles: bool,
-    ) -> None:
-        logits = self._slots.prefill(
-            slot, token_ids, position, visibility, features, with_padding_tiles=with_padding_tiles
-        )
-        self._logits[slot], self._visible[slot] = logits[-1], visibility[-1]
-        self._positions[slot] = position + len(token_ids)
+    def extend(self, slot: int, chunk: Chunk) -> None:
+        self._logits[slot] = self._slots.prefill(slot, chunk)[-1]
+        self._visible[slot], self._positions[slot] = chunk.visibility[-1], chunk.stop
 
     def first(self, slot: int, sampler: Sampler) -> Pending:
         self._samplers[slot] = sampler
@@ -124,9 +103,7 @@ class HostTokens:
         position = int(self._positions[slot])
         token_ids = np.array([self._last[slot], *draft], np.int64)
         visibility = np.tile(self._visible[slot], (len(token_ids), 1))
-        logits = self._slots.prefill(
-            slot, token_ids, position, visibility, (), with_padding_tiles=False, num_logits=len(token_ids)
-        )
+        logits = self._slots.prefill(slot, Chunk(token_ids, position, visibility), num_logits=len(token_ids))
         outcomes: list[Outcome] = []
         for index, row in enumerate(logits):
             outcomes.append(outcome := self._chosen(slot, row))

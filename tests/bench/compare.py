@@ -26,6 +26,7 @@ import transformers
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 from mllama_exporter.quantize import QuantizeOptions, quantized_bundle_from_bundle
 from mllama_runtime import Engine, Request, SamplingParams
+from mllama_runtime.backends import Chunk
 from mllama_runtime.backends.ort import OrtBackend
 from mllama_runtime.bench import DecodeCase, Decoding
 from mllama_runtime.bundle import Bundle
@@ -178,7 +179,7 @@ def bandwidth(threads: int) -> float:
 def prefill_step(backend: OrtBackend, num_tokens: int) -> Step:
     slots = backend.slots(num_slots=1, cache_len=num_tokens, num_tiles=0)
     nothing, token_ids = np.zeros((num_tokens, 0), np.bool_), np.arange(num_tokens)
-    return lambda: slots.prefill(0, token_ids, 0, nothing, (), with_padding_tiles=False)
+    return lambda: slots.prefill(0, Chunk(token_ids, 0, nothing))
 
 
 def measure(checkpoint: Path, bundles: Mapping[str, Path], threads: int, rounds: int) -> list[Row]:

@@ -14,7 +14,7 @@ import pytest
 from gpu.environment import environment
 from host_device import host_backend
 from mllama_runtime import Engine, Request, RequestError, SamplingParams
-from mllama_runtime.backends import Backend, backend_from_bundle
+from mllama_runtime.backends import Backend, Chunk, backend_from_bundle
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.decode import prefill
 from mllama_runtime.engine import Stream
@@ -144,7 +144,7 @@ def test_logits_of_several_tokens_are_those_of_single_steps(pair: Pair) -> None:
         alone = [slots.decode(answer[i : i + 1], np.array([position + i]))[0].copy() for i in range(4)]
         prefill(slots, 0, row, "hf")
         visibility = np.tile(row.visibility[-1], (4, 1))
-        together = slots.prefill(0, answer, position, visibility, row.features, with_padding_tiles=False, num_logits=4)
+        together = slots.prefill(0, Chunk(answer, position, visibility, row.features), num_logits=4)
         assert relative_error(together, np.stack(alone)) < pair.tolerance
 
 

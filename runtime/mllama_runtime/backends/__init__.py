@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
@@ -40,6 +41,28 @@ class Features(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens of a prompt, as a slot takes them.
+
+    token_ids: [seq]. position: of the first in the prompt; 0 begins a new request in the slot. visibility: bool
+    [seq, tiles of all pictures], which tiles each token sees. features: the slot's pictures, the same for every chunk.
+    with_padding_tiles: the tokens precede every picture and, in hf semantics, attend to all tiles of the tower's
+    output, padding ones included.
+    """
+
+    token_ids: NDArray[np.int64]
+    position: int
+    visibility: NDArray[np.bool_]
+    features: Sequence[Features] = ()
+    with_padding_tiles: bool = False
+
+    @property
+    def stop(self) -> int:
+        """The position behind the last."""
+        return self.position + len(self.token_ids)
+
+
 class Slots(Protocol):
     """Rows of a static cache: each holds one request's self-attention cache and its pictures' keys and values.
 
@@ -48,23 +71,8 @@ class Slots(Protocol):
 
     prefill_chunk: int
 
-    def prefill(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        *,
-        with_padding_tiles: bool,
-        num_logits: int = 1,
-    ) -> NDArray[np.float32]:
-        """Append tokens [seq] from `position` on to a slot; returns the last tokens' logits [num_logits, vocab].
-
-        visibility: bool [seq, tiles of all pictures], which tiles each token sees. features: the slot's pictures, the
-        same at every call. with_padding_tiles: the tokens precede every picture and, in hf semantics, attend to all
-        tiles of the tower's output, padding ones included.
-        """
+    def prefill(self, slot: int, chunk: Chunk, *, num_logits: int = 1) -> NDArray[np.float32]:
+        """Append a chunk to a slot; returns the last tokens' logits [num_logits, vocab]."""
         ...
 
     def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:

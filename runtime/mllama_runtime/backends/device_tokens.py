@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_runtime.backends import Features
+from mllama_runtime.backends import Chunk
 from mllama_runtime.backends.blocks import Array, Arrived, Block
 from mllama_runtime.backends.slots import StaticSlots
 from mllama_runtime.contract import SAMPLER_OPTIONS
@@ -79,17 +79,8 @@ class DeviceTokens:
         wanted = any(sampler is not None and sampler.params.logprobs is not None for sampler in self._samplers)
         return 0 if wanted else 1
 
-    def extend(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        *,
-        with_padding_tiles: bool,
-    ) -> None:
-        self._slots.extend(slot, token_ids, position, visibility, features, with_padding_tiles)
+    def extend(self, slot: int, chunk: Chunk) -> None:
+        self._slots.extend(slot, chunk)
 
     def leave(self, slot: int) -> None:
         self._samplers[slot] = None

@@ -15,7 +15,7 @@ from typing import Any, Literal, NoReturn, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_runtime.backends import PREFILL_CHUNK, Features
+from mllama_runtime.backends import PREFILL_CHUNK, Chunk, Features
 from mllama_runtime.backends.private_ort import ort, session_options
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
@@ -168,34 +168,24 @@ class OrtSlots:
         self._visibility = np.zeros((num_slots, 1, self._num_tiles), np.bool_)
         self._decode_steps: dict[tuple[int, bool], _Step] = {}
 
-    def prefill(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        *,
-        with_padding_tiles: bool,
-        num_logits: int = 1,
-    ) -> NDArray[np.float32]:
-        if position == 0:
-            self._load(slot, features)
-        row = slice(slot, slot + 1)
-        if with_padding_tiles:
-            tensors = [_own(feature).tensors for feature in features]
+    def prefill(self, slot: int, chunk: Chunk, *, num_logits: int = 1) -> NDArray[np.float32]:
+        if chunk.position == 0:
+            self._load(slot, chunk.features)
+        row, seq = slice(slot, slot + 1), len(chunk.token_ids)
+        if chunk.with_padding_tiles:
+            tensors = [_own(feature).tensors for feature in chunk.features]
             with _memory_faults("not enough memory for the pictures' keys and values"):
                 cross = {name: _joined([each[name] for each in tensors]) for name in self._cross}
             num_tiles = next(iter(cross.values())).shape[2] // self._num_patches
-            mask = np.zeros((1, len(token_ids), num_tiles), np.bool_)
+            mask = np.zeros((1, seq, num_tiles), np.bool_)
         else:
             cross = self._cross_of(row)
-            mask = np.zeros((1, len(token_ids), self._num_tiles), np.bool_)
-            mask[0, :, : visibility.shape[1]] = visibility
+            mask = np.zeros((1, seq, self._num_tiles), np.bool_)
+            mask[0, :, : chunk.visibility.shape[1]] = chunk.visibility
             self._visibility[slot, 0] = mask[0, -1]
         pictures = self._pictures(cross, self._has_image[row], mask)
         step = _Step(self._session, self._views(row), pictures, mask.shape[:2], (num_logits, self._vocab_size))
-        logits: NDArray[np.float32] = step.run(token_ids[None], np.array([position], np.int64))[0]
+        logits: NDArray[np.float32] = step.run(chunk.token_ids[None], np.array([chunk.position], np.int64))[0]
         return logits
 
     def decode(self, token_ids: NDArray[np.int64], positions: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mllama_runtime.backends import Features
+from mllama_runtime.backends import Chunk, Features
 from mllama_runtime.backends.blocks import Array, Block
 from mllama_runtime.backends.pictures import Pictures, StaticFeatures
 from mllama_runtime.config import ModelConfig
@@ -71,18 +71,8 @@ class StaticSlots:
 
     # Prompts
 
-    def prefill(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        *,
-        with_padding_tiles: bool,
-        num_logits: int = 1,
-    ) -> NDArray[np.float32]:
-        self.extend(slot, token_ids, position, visibility, features, with_padding_tiles, num_logits)
+    def prefill(self, slot: int, chunk: Chunk, *, num_logits: int = 1) -> NDArray[np.float32]:
+        self.extend(slot, chunk, num_logits=num_logits)
         return self.last_logits(num_logits)
 
     def last_logits(self, num_logits: int) -> NDArray[np.float32]:
@@ -93,32 +83,23 @@ class StaticSlots:
         self._compute.synchronize()
         return mirror.copy()
 
-    def extend(
-        self,
-        slot: int,
-        token_ids: NDArray[np.int64],
-        position: int,
-        visibility: NDArray[np.bool_],
-        features: Sequence[Features],
-        with_padding_tiles: bool,
-        num_logits: int = 1,
-    ) -> None:
+    def extend(self, slot: int, chunk: Chunk, *, num_logits: int = 1) -> None:
         """Append a chunk of a prompt to a slot; its logits stay on the device, at the start of `last_logits`."""
-        own = [_own(feature) for feature in features]
-        if position == 0:
+        own = [_own(feature) for feature in chunk.features]
+        if chunk.position == 0:
             self._begin(slot, own)
-        seq, block = len(token_ids), self._blocks["prompt"]
+        seq, block, visibility = len(chunk.token_ids), self._blocks["prompt"], chunk.visibility
         has_image = self.has_picture(slot)
-        num_tiles, cross = self._cross_of_prompt(slot, own, with_padding_tiles)
+        num_tiles, cross = self._cross_of_prompt(slot, own, chunk.with_padding_tiles)
         mirror = block.turn()
-        mirror["input_ids"][0, :seq] = token_ids
-        mirror["write_indices"][0] = position
-        mirror["kv_lengths"][0] = position + seq
+        mirror["input_ids"][0, :seq] = chunk.token_ids
+        mirror["write_indices"][0] = chunk.position
+        mirror["kv_lengths"][0] = chunk.stop
         mirror["logits_indices"][0, :num_logits] = np.arange(seq - num_logits, seq)
         mirror["has_image"][0] = has_image
         mask = mirror["cross_attention_mask"].reshape(-1)[: seq * num_tiles].reshape(seq, num_tiles)
         mask[:] = False
-        if has_image and not with_padding_tiles:
+        if has_image and not chunk.with_padding_tiles:
             mask[:, : visibility.shape[1]] = visibility
             self._visible[slot] = False
             self._visible[slot, : visibility.shape[1]] = visibility[-1]
@@ -140,7 +121,7 @@ class StaticSlots:
             }
         )
         session.run(self._compute)
-        self.positions[slot] = position + seq
+        self.positions[slot] = chunk.stop
 
     def _begin(self, slot: int, features: Sequence[StaticFeatures]) -> None:
         """Give the slot its pictures' keys and values behind one another, without their padding tiles."""
