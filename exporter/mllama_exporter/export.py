@@ -23,7 +23,8 @@ from mllama_runtime.fields import parse, printable, to_plain
 from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
 from mllama_runtime.tensorfile import TensorInfo
 
-from mllama_exporter.checkpoint import Checkpoint, expected_tensors, truncate
+from mllama_exporter.checkpoints import checkpoint_from_folder
+from mllama_exporter.checkpoints.checkpoint import Checkpoint, expected_tensors, truncate
 from mllama_exporter.graphs import (
     decoder_graph_from_config,
     vision_graph_from_config,
@@ -33,7 +34,6 @@ from mllama_exporter.graphs import (
 from mllama_exporter.ort_graphs import ort_graph_from_graph
 from mllama_exporter.placement import WeightsFile, finished_move, link, moved_files, own_files, remove_sources
 from mllama_exporter.sampling_graphs import greedy_graph_from_config, sampler_graph_from_config
-from mllama_exporter.sources import checkpoint_from_folder
 from mllama_exporter.text_files import write_text_files
 from mllama_exporter.weights import WeightSpec, check_room, checked_weights, write_weights
 

@@ -18,7 +18,7 @@ from mllama_runtime.errors import CheckpointError, InputError, UsageError
 from mllama_runtime.manifest import MANIFEST_NAME
 from mllama_runtime.tensorfile import TensorInfo, encode_header
 
-from mllama_exporter.checkpoint import Checkpoint, published_name
+from mllama_exporter.checkpoints.checkpoint import Checkpoint, published_name
 from mllama_exporter.weights import WeightSpec
 
 _MAX_FILE_BYTES = 5 * 10**9

@@ -17,7 +17,7 @@ from mllama_runtime.manifest import BasePrecision, DType, Precision, QuantizedPr
 from mllama_runtime.memory import MemoryPlan, memory_plan
 from mllama_runtime.roofline import cache_bytes
 
-from mllama_exporter.checkpoint import Shape, expected_tensors
+from mllama_exporter.checkpoints.checkpoint import Shape, expected_tensors
 from mllama_exporter.engines.preflight import build_memory_bytes
 from mllama_exporter.quantize.scheme import SCHEMES, num_blocks
 

@@ -17,7 +17,7 @@ from mllama_runtime.errors import CheckpointError, InputError
 from mllama_runtime.preprocessing import PreprocessorConfig, supported_aspect_ratios
 from mllama_runtime.tokenizer import Tokenizer
 
-from mllama_exporter.hf_config import read_json_object
+from mllama_exporter.checkpoints.hf_config import read_json_object
 from mllama_exporter.licence import write_licence
 
 T = TypeVar("T")

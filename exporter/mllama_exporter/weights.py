@@ -22,7 +22,7 @@ import numpy as np
 from mllama_runtime.errors import CheckpointError, ResourceError, UsageError
 from mllama_runtime.tensorfile import TensorInfo, encode_header
 
-from mllama_exporter.checkpoint import NUMPY_DTYPES, Array, Checkpoint, Shape, listed
+from mllama_exporter.checkpoints.checkpoint import NUMPY_DTYPES, Array, Checkpoint, Shape, listed
 
 _NUM_THREADS = 2
 _NUM_BUFFERS = 4  # blocks being converted, waiting for the hash or being hashed

@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-from mllama_exporter.checkpoint import Shape, expected_tensors
+from mllama_exporter.checkpoints.checkpoint import Shape, expected_tensors
 from mllama_exporter.sizing import PUBLISHED
 from mllama_runtime.config import ModelConfig, RopeConfig, TextConfig, VisionConfig
 from mllama_runtime.tensorfile import encode_header

@@ -14,7 +14,7 @@ from bench.random_checkpoint import (
     with_layers,
     write_random_checkpoint,
 )
-from mllama_exporter.checkpoint import Checkpoint, expected_tensors
+from mllama_exporter.checkpoints.checkpoint import Checkpoint, expected_tensors
 from mllama_runtime.config import ModelConfig, check_model
 from mllama_runtime.errors import CheckpointError
 

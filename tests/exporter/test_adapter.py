@@ -12,8 +12,8 @@ import peft
 import pytest
 import torch
 import transformers
+from mllama_exporter.checkpoints import checkpoint_from_folder
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
-from mllama_exporter.sources import checkpoint_from_folder
 from mllama_exporter.validate import report_from_bundle
 from mllama_exporter.validate.samples import builtin_samples
 from mllama_runtime import CheckpointError, InputError, UsageError

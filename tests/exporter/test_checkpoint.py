@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from mllama_exporter.checkpoint import Checkpoint, expected_tensors, published_name, truncate
-from mllama_exporter.hf_config import model_config_from_hf
+from mllama_exporter.checkpoints.checkpoint import Checkpoint, expected_tensors, published_name, truncate
+from mllama_exporter.checkpoints.hf_config import model_config_from_hf
 from mllama_runtime.config import check_model
 from mllama_runtime.errors import CheckpointError, UsageError
 from safetensors.torch import save_file

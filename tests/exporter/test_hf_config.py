@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from mllama_exporter.hf_config import model_config_from_hf
+from mllama_exporter.checkpoints.hf_config import model_config_from_hf
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.errors import CheckpointError
 from transformers import MllamaConfig

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from bench.random_checkpoint import INSTRUCT_11B, with_layers, write_random_checkpoint
-from mllama_exporter.checkpoint import expected_tensors
+from mllama_exporter.checkpoints.checkpoint import expected_tensors
 
 MAX_EXPORT_BYTES = 1.5e9
 MAX_QUANTIZE_BYTES = 4e9

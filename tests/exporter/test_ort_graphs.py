@@ -11,8 +11,8 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from mllama_exporter.checkpoints.hf_config import model_config_from_hf
 from mllama_exporter.graphs import decoder_graph_from_config, weight_names
-from mllama_exporter.hf_config import model_config_from_hf
 from mllama_exporter.ort_graphs import ort_graph_from_graph
 from mllama_runtime.backends.private_ort import session_options
 from mllama_runtime.bundle import Bundle

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from mllama_exporter.checkpoint import Checkpoint
+from mllama_exporter.checkpoints.checkpoint import Checkpoint
 from mllama_exporter.engines.checks import findings_from_network
 from mllama_exporter.engines.network import network_from_graph
 from mllama_exporter.sampling_graphs import greedy_graph_from_config, sampler_graph_from_config

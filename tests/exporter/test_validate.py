@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from exporter._faults import LAYER, change_weight, relist, slow_rotary, times
-from mllama_exporter.checkpoint import Checkpoint
+from mllama_exporter.checkpoints.checkpoint import Checkpoint
 from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 from mllama_exporter.validate import (
     REPORT_NAME,

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from mllama_exporter import weights
-from mllama_exporter.checkpoint import Checkpoint
+from mllama_exporter.checkpoints.checkpoint import Checkpoint
 from mllama_exporter.weights import TensorStats, WeightSpec, WeightsReport, write_weights
 from mllama_runtime.errors import CheckpointError, MllamaError, ResourceError, UsageError
 from mllama_runtime.tensorfile import read_header

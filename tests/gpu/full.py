@@ -18,7 +18,7 @@ from bench.random_checkpoint import INSTRUCT_11B, INSTRUCT_90B, write_random_che
 from gpu.command import mllama, need_disk, snapshot
 from gpu.runner import Context, Row, SkipError, Step
 from gpu.small import BACKENDS, MINIATURE, need_backend
-from mllama_exporter.checkpoint import expected_tensors
+from mllama_exporter.checkpoints.checkpoint import expected_tensors
 from mllama_exporter.sizing import weights_of
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.device.cuda import open_cuda_device

@@ -83,7 +83,7 @@ def command(
 
 
 def _model(name: str) -> ModelConfig:
-    from mllama_exporter.hf_config import model_config_from_hf
+    from mllama_exporter.checkpoints.hf_config import model_config_from_hf
     from mllama_exporter.sizing import PUBLISHED
 
     path = Path(name)

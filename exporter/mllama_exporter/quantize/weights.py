@@ -23,7 +23,7 @@ from mllama_runtime.errors import BundleError, InputError, ResourceError
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, encode_header
 from numpy.typing import NDArray
 
-from mllama_exporter.checkpoint import published_name
+from mllama_exporter.checkpoints.checkpoint import published_name
 from mllama_exporter.quantize.rounding import SCALE_DTYPES, quantized, row_scales
 from mllama_exporter.quantize.scheme import FloatArray, Scheme, num_blocks
 from mllama_exporter.weights import write_at

@@ -25,8 +25,8 @@ from mllama_runtime.evaluation.result import Result
 from mllama_runtime.manifest import Manifest
 from mllama_runtime.sampling import SamplingParams
 
-from mllama_exporter.checkpoint import NUMPY_DTYPES, Array, Checkpoint
-from mllama_exporter.sources import checkpoint_from_folder
+from mllama_exporter.checkpoints import checkpoint_from_folder
+from mllama_exporter.checkpoints.checkpoint import NUMPY_DTYPES, Array, Checkpoint
 from mllama_exporter.validate.agreement import agreements, answers_from_sample
 from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
 from mllama_exporter.validate.compare import (

@@ -2,7 +2,7 @@
 
 Reads headers once and tensor bytes on demand; `weights` streams through here, and the dimensions say which tensors
 there must be. Names are always the published spelling, whichever one the files use. This module reads Hugging Face
-folders; `meta_source` Meta's own files, and `adapter` merges a LoRA adapter: `sources` opens what a user names.
+folders; `meta` Meta's own files, and `adapter` merges a LoRA adapter: the package opens what a user names.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mllama_runtime.fields import show
 from mllama_runtime.manifest import SourceFormat
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
 
-from mllama_exporter.hf_config import model_config_from_hf, read_json_object
+from mllama_exporter.checkpoints.hf_config import model_config_from_hf, read_json_object
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]

@@ -24,8 +24,8 @@ from mllama_runtime.errors import CheckpointError
 from mllama_runtime.fields import show
 from mllama_runtime.tensorfile import TensorInfo
 
-from mllama_exporter.checkpoint import Checkpoint, Identity, Shape, Stored, expected_tensors, listed
-from mllama_exporter.hf_config import model_config_from_hf, read_json_object
+from mllama_exporter.checkpoints.checkpoint import Checkpoint, Identity, Shape, Stored, expected_tensors, listed
+from mllama_exporter.checkpoints.hf_config import model_config_from_hf, read_json_object
 
 PARAMS_NAME = "params.json"
 _DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mllama_exporter.adapter import merged_checkpoint
-from mllama_exporter.checkpoint import Checkpoint
-from mllama_exporter.meta_source import is_meta, meta_checkpoint
+from mllama_exporter.checkpoints.adapter import merged_checkpoint
+from mllama_exporter.checkpoints.checkpoint import Checkpoint
+from mllama_exporter.checkpoints.meta import is_meta, meta_checkpoint
 
 
 def checkpoint_from_folder(folder: Path, adapter: Path | None = None) -> Checkpoint:

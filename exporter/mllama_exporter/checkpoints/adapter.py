@@ -23,8 +23,8 @@ from mllama_runtime.errors import CheckpointError
 from mllama_runtime.fields import show
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
 
-from mllama_exporter.checkpoint import Checkpoint, Identity, InFile, Stored, listed, published_name
-from mllama_exporter.hf_config import read_json_object
+from mllama_exporter.checkpoints.checkpoint import Checkpoint, Identity, InFile, Stored, listed, published_name
+from mllama_exporter.checkpoints.hf_config import read_json_object
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
