@@ -25,14 +25,14 @@ from mllama_runtime.tensorfile import TensorFile, TensorInfo, read_header
 
 from mllama_exporter.checkpoints.checkpoint import Checkpoint, Identity, InFile, Stored, listed, published_name
 from mllama_exporter.checkpoints.hf_config import read_json_object
+from mllama_exporter.checkpoints.torch_tensors import TORCH_DTYPES, tensor_from_bytes
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _NUM_KEPT = 2  # merged matrices: blocks are read in order, by two threads
+_MERGE = "merge the adapter with peft, and export the result"
 _PLAIN_NAME = re.compile(r"[\w.]+")
-_BASE = re.compile(
-    r"^base_model\.model\.(?P<module>.+)\.base_layer\.weight$"
-)  # PEFT keeps those of embeddings and heads
+# PEFT keeps the weights themselves of embeddings and heads.
+_BASE = re.compile(r"^base_model\.model\.(?P<module>.+)\.base_layer\.weight$")
 _SIDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight$")
 
 # What changes the arithmetic, with the value that leaves it as it is here.
@@ -67,8 +67,7 @@ def merged_checkpoint(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     config = read_json_object(paths[0])
     for name, plain in _PLAIN.items():
         if name in config and config[name] not in plain:
-            hint = "merge the adapter with peft, and export the result"
-            raise CheckpointError("not plain LoRA", where=f"{paths[0]}: {name}", found=show(config[name]), hint=hint)
+            raise CheckpointError("not plain LoRA", where=f"{paths[0]}: {name}", found=show(config[name]), hint=_MERGE)
     file = read_header(paths[1], error=CheckpointError)
     cache = _Cache()
     merged: dict[str, Stored] = {}
@@ -85,18 +84,19 @@ def merged_checkpoint(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
                 expected=f"a product of shape {list(base.info.shape)}",
                 found=f"{list(second.shape)} x {list(first.shape)}",
             )
-        if base.info.dtype not in _DTYPES:
+        if base.info.dtype not in TORCH_DTYPES:
             raise CheckpointError(
-                "cannot be merged into", where=name, expected=" or ".join(_DTYPES), found=base.info.dtype
+                "cannot be merged into", where=name, expected=" or ".join(TORCH_DTYPES), found=base.info.dtype
             )
         own = bases.get(module)
-        if own is not None and (own.shape != base.info.shape or own.dtype not in _DTYPES):
+        if own is not None and (own.shape != base.info.shape or own.dtype not in TORCH_DTYPES):
             raise CheckpointError(
                 "the adapter is of another model", where=where, found=f"{own.dtype} {list(own.shape)}"
             )
         start = base if own is None else InFile(file.path, own)
         scaling = _scaling(config, module, rank, paths[0])
-        merged[name] = _Merged(base.info, start, file.path, first, second, scaling, cache)
+        sides = InFile(file.path, first), InFile(file.path, second)
+        merged[name] = _Merged(base.info, start, *sides, scaling, cache)
     digest = hashlib.sha256(f"{checkpoint.fingerprint}\n".encode() + paths[0].read_bytes())
     for info in sorted(file.tensors.values(), key=lambda info: info.name):
         digest.update(f"\n{info.name} {info.dtype} {info.shape} {info.offset_bytes}".encode())
@@ -117,15 +117,14 @@ def _pairs(file: TensorFile) -> dict[str, tuple[TensorInfo, TensorInfo]]:
         if _BASE.match(name):
             continue
         found = _SIDE.match(name)
-        if found is None or len(info.shape) != 2 or info.dtype not in _DTYPES:
+        if found is None or len(info.shape) != 2 or info.dtype not in TORCH_DTYPES:
             strange.append(show(name))
         else:
             sides.setdefault(found["module"], {})[found["side"]] = info
     strange += [f"half of {show(module)}" for module, pair in sides.items() if len(pair) != 2]
     if strange or not sides:
-        hint = "merge the adapter with peft, and export the result"
         raise CheckpointError(
-            "holds what is not LoRA of a linear layer", where=file.path, found=listed(strange) or "nothing", hint=hint
+            "holds what is not LoRA of a linear layer", where=file.path, found=listed(strange) or "nothing", hint=_MERGE
         )
     return {module: (pair["A"], pair["B"]) for module, pair in sides.items()}
 
@@ -147,8 +146,7 @@ def _of_module(config: Mapping[str, Any], pattern: str, default: str, module: st
     """The value of the first name that the module's ends with, as a whole or behind a dot; else the default."""
     for name, value in (config.get(pattern) or {}).items():
         if not _PLAIN_NAME.fullmatch(name):  # PEFT takes them as regular expressions, which can run for ever
-            hint = "merge the adapter with peft, and export the result"
-            raise CheckpointError("not a module's name", where=f"{where}: {pattern}", found=show(name), hint=hint)
+            raise CheckpointError("not a module's name", where=f"{where}: {pattern}", found=show(name), hint=_MERGE)
         if module == name or module.endswith(f".{name}"):
             return value
     return config.get(default)
@@ -160,9 +158,8 @@ class _Merged:
 
     info: TensorInfo
     start: Stored
-    path: Path
-    first: TensorInfo
-    second: TensorInfo
+    first: InFile
+    second: InFile
     scaling: float
     cache: _Cache
 
@@ -170,14 +167,12 @@ class _Merged:
         out[:] = self.cache.bytes_of(self)[offset : offset + len(out)]
 
     def made(self) -> memoryview:
-        first, second = (_read(self.path, info) for info in (self.first, self.second))
-        weight = _tensor(np.empty(self.start.info.size_bytes, np.uint8), self.start.info)
-        self.start.read_into(0, _bytes(weight))
-        weight = weight.to(_DTYPES[self.info.dtype])
+        first, second, weight = (_whole(stored) for stored in (self.first, self.second, self.start))
         if not (torch.isfinite(first).all() and torch.isfinite(second).all()):
-            raise CheckpointError("NaN or Inf in the adapter", where=f"{self.path}: {self.first.name}")
+            raise CheckpointError("NaN or Inf in the adapter", where=f"{self.first.path}: {self.first.info.name}")
+        weight = weight.to(TORCH_DTYPES[self.info.dtype])
         weight += second.float() @ first.float() * self.scaling
-        return _bytes(weight)
+        return weight.reshape(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(slots=True, eq=False)
@@ -189,7 +184,7 @@ class _Cache:
 
     def bytes_of(self, tensor: _Merged) -> memoryview:
         with self._lock:
-            name = tensor.first.name
+            name = tensor.info.name
             if name not in self._kept:
                 while len(self._kept) >= _NUM_KEPT:
                     self._kept.popitem(last=False)
@@ -197,19 +192,7 @@ class _Cache:
             return self._kept[name]
 
 
-def _read(path: Path, info: TensorInfo) -> torch.Tensor:
-    data = np.empty(info.size_bytes, np.uint8)
-    with path.open("rb") as file:
-        file.seek(info.offset_bytes)
-        count = file.readinto(data.data)
-    if count != info.size_bytes:
-        raise CheckpointError(f"ends within {info.name}", where=path)
-    return _tensor(data, info)
-
-
-def _tensor(data: np.ndarray[Any, np.dtype[np.uint8]], info: TensorInfo) -> torch.Tensor:
-    return torch.from_numpy(data).view(_DTYPES[info.dtype]).reshape(info.shape)
-
-
-def _bytes(tensor: torch.Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+def _whole(stored: Stored) -> torch.Tensor:
+    data = np.empty(stored.info.size_bytes, np.uint8)
+    stored.read_into(0, data.data)
+    return tensor_from_bytes(data, stored.info.dtype).reshape(stored.info.shape)

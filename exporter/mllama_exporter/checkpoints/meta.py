@@ -26,9 +26,10 @@ from mllama_runtime.tensorfile import TensorInfo
 
 from mllama_exporter.checkpoints.checkpoint import Checkpoint, Identity, Shape, Stored, expected_tensors, listed
 from mllama_exporter.checkpoints.hf_config import model_config_from_hf, read_json_object
+from mllama_exporter.checkpoints.torch_tensors import TORCH_DTYPES
 
 PARAMS_NAME = "params.json"
-_DTYPES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_DTYPES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 _UNUSED = {"text_model.rope.freqs"}
 
 Ranks = Sequence[Mapping[str, torch.Tensor]]
@@ -240,7 +241,7 @@ def _rows(given: Sequence[torch.Tensor], parts: Parts, config: ModelConfig) -> t
     if parts == "gate":
         return lambda start, stop: first.reshape(-1)[:1], (1,)
     if parts == "tiles":
-        return lambda start, stop: _by_ratio(first, config)[start:stop], _by_ratio_shape(first, config)
+        return lambda start, stop: _by_ratio(first, config, start, stop), _by_ratio_shape(first, config)
     if parts == "same":
         return lambda start, stop: first[start:stop], tuple(first.shape)
     if parts == "columns":
@@ -277,10 +278,11 @@ def _by_ratio_shape(table: torch.Tensor, config: ModelConfig) -> Shape:
     return len(vision.supported_aspect_ratios) + 1, vision.max_num_tiles * math.prod(table.shape[2:])
 
 
-def _by_ratio(table: torch.Tensor, config: ModelConfig) -> torch.Tensor:
-    """A table by a tile's row and column [T, T, ...] -> by aspect ratio id and tile [ids, T * ...]; 0 elsewhere."""
+def _by_ratio(table: torch.Tensor, config: ModelConfig, start: int, stop: int) -> torch.Tensor:
+    """A table by a tile's row and column [T, T, ...] -> rows by aspect ratio id [stop - start, T * ...]; 0 elsewhere."""
     ratios, tiles = config.vision.supported_aspect_ratios, config.vision.max_num_tiles
-    out = torch.zeros(len(ratios) + 1, tiles, *table.shape[2:], dtype=table.dtype)
-    for index, (high, wide) in enumerate(ratios, start=1):
-        out[index, : high * wide] = table[:high, :wide].reshape(high * wide, *table.shape[2:])
+    out = torch.zeros(stop - start, tiles, *table.shape[2:], dtype=table.dtype)
+    for index in range(max(1, start), stop):  # id 0 is padding
+        high, wide = ratios[index - 1]
+        out[index - start, : high * wide] = table[:high, :wide].reshape(high * wide, *table.shape[2:])
     return out.flatten(1)

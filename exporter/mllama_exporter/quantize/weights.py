@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from mllama_runtime.errors import BundleError, InputError, ResourceError
 from mllama_runtime.tensorfile import TensorFile, TensorInfo, encode_header
 from numpy.typing import NDArray
 
 from mllama_exporter.checkpoints.checkpoint import published_name
+from mllama_exporter.checkpoints.torch_tensors import tensor_from_bytes
 from mllama_exporter.quantize.rounding import SCALE_DTYPES, quantized, row_scales
 from mllama_exporter.quantize.scheme import FloatArray, Scheme, num_blocks
 from mllama_exporter.weights import write_at
@@ -32,7 +32,6 @@ Bytes = NDArray[np.uint8]
 _NUM_THREADS = 2
 _NUM_PENDING = 4  # blocks under way, or waiting for the hash
 _BLOCK_ELEMENTS = 1 << 20
-_TORCH_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +112,7 @@ class WeightsReader:
 
 def as_float32(data: Bytes, dtype: str) -> FloatArray:
     """Bytes of a float dtype by its safetensors name -> float32. torch, because NumPy converts FP16 one at a time."""
-    result: FloatArray = torch.from_numpy(data).view(_TORCH_DTYPES[dtype]).float().numpy()
+    result: FloatArray = tensor_from_bytes(data, dtype).float().numpy()
     return result
 
 

@@ -26,7 +26,8 @@ from mllama_runtime.manifest import Manifest
 from mllama_runtime.sampling import SamplingParams
 
 from mllama_exporter.checkpoints import checkpoint_from_folder
-from mllama_exporter.checkpoints.checkpoint import NUMPY_DTYPES, Array, Checkpoint
+from mllama_exporter.checkpoints.checkpoint import Checkpoint
+from mllama_exporter.checkpoints.torch_tensors import tensor_from_bytes
 from mllama_exporter.validate.agreement import agreements, answers_from_sample
 from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
 from mllama_exporter.validate.compare import (
@@ -253,16 +254,15 @@ def _reference_model(bundle: Bundle, checkpoint: Checkpoint) -> ReferenceModel:
         )
     weights = None
     if not checkpoint.shards:  # in no form that transformers reads
-        weights = {name: _tensor(checkpoint.read(name)) for name in checkpoint.tensors}
+        weights = {name: _tensor(checkpoint, name) for name in checkpoint.tensors}
     return ReferenceModel(
         checkpoint.text_folder, mask_semantics=bundle.manifest.mask_semantics, num_layers=num_layers, weights=weights
     )
 
 
-def _tensor(array: Array) -> torch.Tensor:
-    if array.dtype == NUMPY_DTYPES["BF16"]:  # which torch does not take from NumPy
-        return torch.from_numpy(array.view(np.uint16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+def _tensor(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    array, info = checkpoint.read(name), checkpoint.info(name)
+    return tensor_from_bytes(array.reshape(-1).view(np.uint8), info.dtype).reshape(info.shape)
 
 
 def _checked(bundle: Bundle, reference: Path, adapter: Path | None) -> Checkpoint:
