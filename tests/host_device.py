@@ -202,17 +202,17 @@ class HostDevice:
 
 
 class HostProgram:
-    """An ONNX Runtime program whose runs can be captured, as TensorRT's can."""
+    """An ONNX Runtime program whose runs can be captured, and which works in a workspace, as TensorRT's do."""
 
     capturable = True
+    workspace_bytes: int | None = 1024  # to be handed out and held, though nothing is computed there
 
     def __init__(self, name: GraphName, program: Program, device: HostDevice) -> None:
         self._name, self._program, self._device = name, program, device
         self.dtypes, self.weights_bytes = program.dtypes, program.weights_bytes
-        self.workspace_bytes = 1024  # to be handed out and held, though nothing is computed there
 
     def session(self, profile: ProfileName, workspace: int) -> Session:
-        self._device.view(workspace, self.workspace_bytes)
+        self._device.view(workspace, self.workspace_bytes or 0)
         return HostSession(f"{self._name} {profile}", self._program.session(profile, workspace), self._device)
 
 
@@ -251,9 +251,8 @@ def host_backend(bundle: Bundle, *, limits: Limits | None = None, device: HostDe
     own = device or HostDevice()
 
     def programs(_: object, stream: Stream) -> ProgramLoader:
-        load = ort_programs(
-            bundle, Provider("cpu", ("CPUExecutionProvider",), {"vision": "vision_ort", "decoder": "decoder_ort"})
-        )
+        provider = Provider("CPUExecutionProvider", "cpu", {"vision": "vision_ort", "decoder": "decoder_ort"})
+        load = ort_programs(bundle, provider, own)
 
         def wrapped(graph: GraphName) -> Program:
             return HostProgram(graph, load(graph), own)

@@ -98,12 +98,11 @@ def chunks_of(row: Row, mask_semantics: MaskSemantics, size: int) -> Iterator[Ch
     """A prompt in chunks of at most `size` tokens.
 
     In hf semantics the tokens before the first picture attend to every tile of the tower's output, padding tiles too
-    (their mask row becomes zeros, see the decoder's module), so they are fed apart, before those tiles are dropped.
+    (their mask row becomes zeros, see the decoder's module): a chunk that has some of them is fed with those tiles.
     """
     num_tokens, sees_any = len(row.token_ids), row.visibility.any(axis=1)
     num_before = int(sees_any.argmax()) if row.features and mask_semantics == "hf" else 0
-    edges = [*range(0, num_before, size), *range(num_before, num_tokens, size), num_tokens]
-    for start, stop in pairwise(edges):
+    for start, stop in pairwise([*range(0, num_tokens, size), num_tokens]):
         part = slice(start, stop)
         yield Chunk(
             row.token_ids[part], start, row.visibility[part], row.features, with_padding_tiles=start < num_before

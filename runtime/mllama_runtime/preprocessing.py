@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mllama_runtime.config import VisionConfig
 from mllama_runtime.errors import BundleError, ImageError, InputError
 from mllama_runtime.images import image_key
 
@@ -100,6 +101,19 @@ class ImageTiles:
     aspect_ratio_mask: npt.NDArray[np.int64]  # [T], 1 for a tile of the canvas
     num_tiles: int
     key: str  # from image_key
+
+
+def blank_tiles(vision: VisionConfig) -> ImageTiles:
+    """A picture with nothing on it, on a canvas of the most tiles."""
+    sizes = [high * wide for high, wide in vision.supported_aspect_ratios]
+    shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
+    return ImageTiles(
+        pixel_values=np.zeros(shape, np.float32),
+        aspect_ratio_id=sizes.index(max(sizes)) + 1,
+        aspect_ratio_mask=(np.arange(vision.max_num_tiles) < max(sizes)).astype(np.int64),
+        num_tiles=max(sizes),
+        key="blank",
+    )
 
 
 def preprocess(image: Image.Image, config: PreprocessorConfig) -> ImageTiles:

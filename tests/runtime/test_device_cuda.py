@@ -78,7 +78,8 @@ def test_page_locked_arrays_have_pages_of_their_own_and_outlive_the_device(devic
     assert arrays[0].sum() == 0
 
 
-def test_all_is_freed_in_reverse_and_once(driver: DriverDouble, device: CudaDevice) -> None:
+def test_work_is_done_before_all_is_freed_in_reverse_and_once(driver: DriverDouble, device: CudaDevice) -> None:
+    """The stream is made before the page-locked array that its copies may still be reading."""
     address, stream = device.allocate(10), device.stream()
     device.event()
     device.pinned((3,), np.int64)
@@ -88,16 +89,23 @@ def test_all_is_freed_in_reverse_and_once(driver: DriverDouble, device: CudaDevi
     freed = driver.called()
     assert freed == [
         "cuCtxSetCurrent",
+        "cuStreamSynchronize",
         "cuGraphExecDestroy",
         "cuMemHostUnregister",
         "cuEventDestroy",
-        "cuStreamSynchronize",
         "cuStreamDestroy",
         "cuMemFree",
         "cuDevicePrimaryCtxRelease",
     ]
     device.close()
     assert driver.called()[len(freed) :] == ["cuCtxSetCurrent"]
+
+
+def test_new_memory_is_zero_before_any_stream_sees_it(driver: DriverDouble, device: CudaDevice) -> None:
+    """The driver clears it in the default stream, which ours do not wait for, and returns before that is done."""
+    device.allocate(64)
+    assert driver.called()[-3:] == ["cuMemAlloc", "cuMemsetD8", "cuStreamSynchronize"]
+    assert driver.calls[-1][1] == (0,)
 
 
 def test_a_device_that_has_failed_is_still_closed(driver: DriverDouble, device: CudaDevice) -> None:

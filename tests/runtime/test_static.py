@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from host_device import HostDevice, host_backend
+from host_device import HostDevice, HostProgram, HostSession, HostStream, host_backend
 from mllama_runtime import Engine, EnvironmentFault, Request, ResourceError, SamplingParams, UsageError
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.decode import prefill
@@ -22,6 +22,8 @@ from PIL import Image
 
 LIMITS = Limits(max_batch=4, max_seq_len=160, prefill_chunk=32, max_tiles=8)
 ASK = "How many shapes are there?"
+KINDS = ("prefill", "decode")
+HOST_RUN = HostSession.run
 
 
 @pytest.fixture
@@ -108,6 +110,47 @@ def test_steps_are_captured_and_text_alone_skips_cross_attention(engine: Engine,
     device.runs.clear()
     engine.generate(ASK, images=[one_tile(0)], sampling=SamplingParams(max_new_tokens=3))
     assert {"vision images", "decoder prefill", "decoder decode", "greedy rows"} == set(device.runs)
+
+
+def test_steps_that_cannot_be_captured_run_as_they_are(
+    bundle: Bundle, plain: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def capture(stream: HostStream, work: Callable[[], None]) -> None:
+        raise EnvironmentFault("the GPU failed", found="CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
+
+    monkeypatch.setattr(HostStream, "capture", capture)
+    requests = [Request(ASK, images=[one_tile(i)], sampling=SamplingParams(max_new_tokens=12)) for i in range(3)]
+    with Engine(bundle, host_backend(bundle, limits=LIMITS)) as engine:
+        found = [answer.token_ids for answer in engine.generate_batch(requests)]
+        assert found == [plain.generate_batch([each])[0].token_ids for each in requests]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot be captured" in caplog.text
+    assert "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in caplog.text
+
+
+def test_what_programs_allocate_by_themselves_is_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each graph takes memory for activations in its first run, as ONNX Runtime does on a GPU."""
+    device, activations = HostDevice(), 3 * 2**20
+    taken: set[str] = set()
+
+    def run(session: HostSession, stream: HostStream) -> None:
+        if session._name not in taken:
+            taken.add(session._name)
+            device.allocate(activations)
+        HOST_RUN(session, stream)
+
+    monkeypatch.setattr(HostSession, "run", run)
+    monkeypatch.setattr(HostProgram, "workspace_bytes", None)
+    with Engine(bundle, host_backend(bundle, limits=LIMITS, device=device)) as engine:
+        plan = engine.memory()
+        assert plan.device_parts()["activations"] == len(taken) * activations
+        assert plan.device_bytes == device.device_bytes
+        assert taken == {"vision images", *(f"decoder {prefix}{kind}" for prefix in ("", "text_") for kind in KINDS)}
+    device = HostDevice(total_bytes=plan.device_bytes - activations)
+    taken.clear()
+    with pytest.raises(ResourceError, match=r"not enough memory: expected .*, and activations of the largest"):
+        host_backend(bundle, limits=LIMITS, device=device).__enter__()
+    assert device.is_closed
 
 
 def test_a_picture_is_encoded_once_while_it_is_remembered(engine: Engine, device: HostDevice) -> None:

@@ -47,8 +47,8 @@ class Chunk:
 
     token_ids: [seq]. position: of the first in the prompt; 0 begins a new request in the slot. visibility: bool
     [seq, tiles of all pictures], which tiles each token sees. features: the slot's pictures, the same for every chunk.
-    with_padding_tiles: the tokens precede every picture and, in hf semantics, attend to all tiles of the tower's
-    output, padding ones included.
+    with_padding_tiles: tokens before every picture are among them, which in hf semantics attend to all tiles of the
+    tower's output, padding ones included.
     """
 
     token_ids: NDArray[np.int64]
@@ -61,6 +61,17 @@ class Chunk:
     def stop(self) -> int:
         """The position behind the last."""
         return self.position + len(self.token_ids)
+
+    def visibility_with_padding(self, max_num_tiles: int) -> NDArray[np.bool_]:
+        """Which of each picture's max_num_tiles tiles each token sees: [seq, pictures * max_num_tiles]."""
+        real = [
+            index * max_num_tiles + tile
+            for index, feature in enumerate(self.features)
+            for tile in range(feature.num_tiles)
+        ]
+        mask = np.zeros((len(self.token_ids), len(self.features) * max_num_tiles), np.bool_)
+        mask[:, real] = self.visibility
+        return mask
 
 
 class Slots(Protocol):

@@ -43,5 +43,5 @@ def cuda_backend(bundle: Bundle, limits: Limits | None) -> StaticBackend:
         "cuda",
         limits or default_limits(bundle.manifest.model),
         open_cuda_device,
-        lambda _, stream: ort_programs(bundle, cuda_provider(stream)),
+        lambda device, stream: ort_programs(bundle, cuda_provider(stream), device),
     )

@@ -148,7 +148,7 @@ class OrtSlots:
     ) -> None:
         self._skips_text = skips_text  # the standard Attention refuses a batch of no rows
         self._is_text_only = model.is_text_only
-        text, self._num_patches = model.text, model.vision.num_patches
+        text, self._num_patches, self._max_num_tiles = model.text, model.vision.num_patches, model.vision.max_num_tiles
         self._session, self._num_tiles, self._vocab_size = session, max(1, num_tiles), text.vocab_size
         heads, width = text.num_kv_heads, text.head_dim
         dtypes = {value.name: _DTYPES[value.type] for value in session.get_inputs() if value.type in _DTYPES}
@@ -176,13 +176,13 @@ class OrtSlots:
             tensors = [_own(feature).tensors for feature in chunk.features]
             with _memory_faults("not enough memory for the pictures' keys and values"):
                 cross = {name: _joined([each[name] for each in tensors]) for name in self._cross}
-            num_tiles = next(iter(cross.values())).shape[2] // self._num_patches
-            mask = np.zeros((1, seq, num_tiles), np.bool_)
+            mask = chunk.visibility_with_padding(self._max_num_tiles)[None]
         else:
             cross = self._cross_of(row)
             mask = np.zeros((1, seq, self._num_tiles), np.bool_)
             mask[0, :, : chunk.visibility.shape[1]] = chunk.visibility
-            self._visibility[slot, 0] = mask[0, -1]
+        self._visibility[slot] = False
+        self._visibility[slot, 0, : chunk.visibility.shape[1]] = chunk.visibility[-1]
         pictures = self._pictures(cross, self._has_image[row], mask)
         step = _Step(self._session, self._views(row), pictures, mask.shape[:2], (num_logits, self._vocab_size))
         logits: NDArray[np.float32] = step.run(chunk.token_ids[None], np.array([chunk.position], np.int64))[0]

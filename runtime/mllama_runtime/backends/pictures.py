@@ -68,6 +68,11 @@ class Pictures:
         self._kept.move_to_end(features.key)
         return self._blocks[index].tensors
 
+    def forget(self) -> None:
+        """Remember no picture."""
+        self._free += self._kept.values()
+        self._kept.clear()
+
     def _forget(self, needed: Collection[str]) -> int:
         oldest = next(key for key in self._kept if key not in needed)
         return self._kept.pop(oldest)

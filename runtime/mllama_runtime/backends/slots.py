@@ -5,9 +5,12 @@ Dimensions: N slots, B batch, G key/value heads, T tiles, P num_patches, D head_
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +19,18 @@ from mllama_runtime.backends import Chunk, Features
 from mllama_runtime.backends.blocks import Array, Block
 from mllama_runtime.backends.pictures import Pictures, StaticFeatures
 from mllama_runtime.config import ModelConfig
+from mllama_runtime.contract import MAX_LOGITS
 from mllama_runtime.device import Captured, Device, GraphName, ProfileName, Program, Session, Stream, Tensor
 from mllama_runtime.engine_record import Limits
-from mllama_runtime.errors import UsageError
+from mllama_runtime.errors import EnvironmentFault, UsageError
 from mllama_runtime.manifest import DType
 from mllama_runtime.memory import MemoryPlan, tensor_bytes
+from mllama_runtime.preprocessing import ImageTiles
+
+logger = logging.getLogger(__name__)
+
+# Before a step is captured: TensorRT takes on new shapes in a first run, and no run that is captured may allocate.
+_WARM_UP_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +76,9 @@ class StaticSlots:
         self._seen_is_old = True
         self._prompts: dict[str, Session] = {}
         self._sessions: dict[tuple[int, int], Session] = {}
-        self._captured: dict[tuple[int, int, str], Captured | None] = {}
+        self._captured: dict[tuple[int, int, str], Captured] = {}
+        self._num_runs: Counter[tuple[int, int, str]] = Counter()  # of steps that are not captured yet
+        self._may_capture = all(program.capturable for program in loaded.programs.values())
         self._sizes = _batch_sizes(limits.max_batch)
 
     # Prompts
@@ -99,8 +111,11 @@ class StaticSlots:
         mirror["has_image"][0] = has_image
         mask = mirror["cross_attention_mask"].reshape(-1)[: seq * num_tiles].reshape(seq, num_tiles)
         mask[:] = False
-        if has_image and not chunk.with_padding_tiles:
-            mask[:, : visibility.shape[1]] = visibility
+        if has_image:
+            if chunk.with_padding_tiles:
+                mask[:] = chunk.visibility_with_padding(self._model.vision.max_num_tiles)
+            else:
+                mask[:, : visibility.shape[1]] = visibility
             self._visible[slot] = False
             self._visible[slot, : visibility.shape[1]] = visibility[-1]
             self._seen_is_old = True
@@ -247,14 +262,21 @@ class StaticSlots:
             session.run(self._compute)
             then()
 
-        if key not in self._captured:
-            self._captured[key] = None
-            work()  # TensorRT takes on new shapes in a first run, which cannot be captured
-            return
-        captured = self._captured[key]
-        if captured is None and all(program.capturable for program in self.loaded.programs.values()):
+        if captured := self._captured.get(key):
+            captured.launch()
+        elif not self._may_capture or self._num_runs[key] < _WARM_UP_RUNS:
+            self._num_runs[key] += 1
+            work()
+        else:
+            self._capture(key, work)
+
+    def _capture(self, key: tuple[int, int, str], work: Callable[[], None]) -> None:
+        """Record a step and launch it. Where it cannot be recorded, steps run as they are from here on."""
+        try:
             captured = self._captured[key] = self._compute.capture(work)
-        if captured is None:
+        except EnvironmentFault as fault:
+            self._may_capture = False
+            logger.warning("steps cannot be captured, and are launched kernel by kernel: %s", fault)
             work()
         else:
             captured.launch()
@@ -295,6 +317,26 @@ class StaticSlots:
         return bool(self._tiles[slot])
 
     # Memory
+
+    def run_at_limits(self, tiles: ImageTiles | None) -> None:
+        """Run every graph once at the largest size, so that what a program allocates by itself is allocated.
+
+        tiles: a picture, which stands for as many as a request may have; None for a text-only model.
+        """
+        chunk = np.zeros(self.limits.prefill_chunk, np.int64)
+        pictures = []
+        if tiles is not None:
+            pictures = [
+                StaticFeatures(f"largest {index}", tiles.num_tiles, tiles, WeakMethod(self.picture_arrays))
+                for index in range(self.limits.max_tiles // tiles.num_tiles)
+            ]
+        for features in (pictures, []) if pictures else ([],):
+            visibility = np.ones((len(chunk), sum(each.num_tiles for each in features)), np.bool_)
+            self.extend(0, Chunk(chunk, 0, visibility, features), num_logits=min(len(chunk), MAX_LOGITS))
+            self.step(self.limits.max_batch, has_image=bool(features))
+            self.leave(0)
+        self._pictures.forget()
+        self._compute.synchronize()
 
     def _caches(self, tensor_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
         past = {name: tensor_of(name) for name in self._blocks["cache"].tensors}

@@ -6,6 +6,7 @@ It runs over any device and programs (`mllama_runtime.device`): TensorRT and ONN
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Self
 from weakref import WeakMethod
@@ -19,7 +20,7 @@ from mllama_runtime.device import Device, GraphName, Program, ProgramLoader, Str
 from mllama_runtime.engine_record import Limits, graphs_of
 from mllama_runtime.errors import ResourceError, UsageError
 from mllama_runtime.memory import MemoryPlan, gigabytes, memory_plan
-from mllama_runtime.preprocessing import ImageTiles
+from mllama_runtime.preprocessing import ImageTiles, blank_tiles
 
 
 class StaticBackend:
@@ -43,6 +44,7 @@ class StaticBackend:
         self._device: Device | None = None
         self._loaded: Loaded | None = None
         self._slots: StaticSlots | None = None
+        self._memory: MemoryPlan | None = None
 
     def __enter__(self) -> Self:
         """Load the programs and allocate everything.
@@ -55,10 +57,12 @@ class StaticBackend:
         self._device = self._open_device()
         try:
             self._loaded = self._load(self._device)
+            slots = StaticSlots(self._loaded, self._bundle.manifest.model, self.limits)
+            self._memory = self._measured(self._loaded, slots)
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._slots = StaticSlots(self._loaded, self._bundle.manifest.model, self.limits)
+        self._slots = slots
         return self
 
     def __exit__(
@@ -85,14 +89,22 @@ class StaticBackend:
         except ResourceError as fault:
             left = [graph for graph in graphs if graph not in programs]
             beside = f", and the weights of {' and '.join(left)}" if left else ""
-            raise ResourceError(
-                "not enough memory",
-                where=device.name,
-                expected=f"{self._plan(programs)}{beside}",
-                found=f"{gigabytes(total)}, {gigabytes(free)} of them free before loading ({fault})",
-                hint="build with a smaller --max-batch or --max-seq-len, or in a smaller precision",
-            ) from fault
+            found = f"{gigabytes(total)}, {gigabytes(free)} of them free before loading ({fault})"
+            raise _not_enough(device, f"{self._plan(programs)}{beside}", found) from fault
         return Loaded(device, compute, copies, programs, blocks, workspace, plan)
+
+    def _measured(self, loaded: Loaded, slots: StaticSlots) -> MemoryPlan:
+        """The plan, with what programs allocate by themselves when they run."""
+        if all(program.workspace_bytes is not None for program in loaded.programs.values()):
+            return loaded.plan
+        model, free = self._bundle.manifest.model, loaded.device.memory()[0]
+        try:
+            slots.run_at_limits(None if model.is_text_only else blank_tiles(model.vision))
+        except ResourceError as fault:
+            expected = f"{loaded.plan}, and activations of the largest prompt and step"
+            raise _not_enough(loaded.device, expected, str(fault)) from fault
+        taken = max(0, free - loaded.device.memory()[0])
+        return replace(loaded.plan, workspace_bytes=loaded.plan.workspace_bytes + taken)
 
     def _plan(self, programs: Mapping[GraphName, Program]) -> MemoryPlan:
         """Of these programs, which may not be all."""
@@ -104,12 +116,15 @@ class StaticBackend:
             self.limits,
             cache_dtype=programs["decoder"].dtypes[name] if "decoder" in programs else cache_dtype,
             weights_bytes=sum(program.weights_bytes for program in programs.values()),
-            workspace_bytes=max((program.workspace_bytes for program in programs.values()), default=0),
+            workspace_bytes=max((program.workspace_bytes or 0 for program in programs.values()), default=0),
         )
 
     def memory(self) -> MemoryPlan:
         """Every byte this back end has taken."""
-        return self._opened().loaded.plan
+        self._opened()
+        if self._memory is None:
+            raise RuntimeError("an open back end has a plan")
+        return self._memory
 
     def encode(self, tiles: ImageTiles) -> StaticFeatures:
         """A handle; the vision graph runs when a prompt first needs the picture."""
@@ -142,3 +157,8 @@ class StaticBackend:
         if self._slots is None:
             raise UsageError("the engine is closed", hint="use it inside its `with` block")
         return self._slots
+
+
+def _not_enough(device: Device, expected: str, found: str) -> ResourceError:
+    hint = "build with a smaller --max-batch or --max-seq-len, or in a smaller precision"
+    return ResourceError("not enough memory", where=device.name, expected=expected, found=found, hint=hint)

@@ -142,14 +142,16 @@ class Program(Protocol):
     """A graph loaded onto a device.
 
     dtypes: of every input and output, by name. weights_bytes: device memory it keeps. workspace_bytes: device memory
-    for activations that a session is given; sessions whose runs are in one stream share it. capturable: whether its
-    runs can be captured.
+    for activations that a session is given; sessions whose runs are in one stream share it; None of a program that
+    allocates them by itself when it first runs. capturable: whether its runs can be captured.
     """
 
     dtypes: Mapping[str, DType]
     weights_bytes: int
-    workspace_bytes: int
     capturable: bool
+
+    @property
+    def workspace_bytes(self) -> int | None: ...
 
     def session(self, profile: ProfileName, workspace: int) -> Session:
         """A session for the shapes of that profile; `workspace` is the address of workspace_bytes of device memory."""

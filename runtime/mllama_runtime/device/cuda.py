@@ -23,6 +23,7 @@ from mllama_runtime.errors import EnvironmentFault, MllamaError, ResourceError
 
 _CUDA_13 = 13_000  # as cuDriverGetVersion tells it
 _INSTALL = 'run: pip install "mllama-deploy[trt-rtx]", or [trt] or [cuda]'
+_DEFAULT_STREAM = 0
 _AGAIN = "open the engine again; if that does not help, look at the driver's messages (`nvidia-smi`, `dmesg`)"
 
 
@@ -139,6 +140,7 @@ class CudaDevice:
         self.name = self._checked(cu.cuDeviceGetName(256, device)).split(b"\0")[0].decode("ascii", "replace")
         self._device: Any = device
         self._context: Any = self._checked(cu.cuDevicePrimaryCtxRetain(device))
+        self._streams: list[Any] = []
         self._freeing = contextlib.ExitStack()  # the latest first
         self._freeing.callback(cu.cuDevicePrimaryCtxRelease, device)
 
@@ -161,6 +163,7 @@ class CudaDevice:
         memory = self.call(self.cu.cuMemAlloc, max(1, num_bytes))
         self._freeing.callback(self.cu.cuMemFree, memory)
         self.call(self.cu.cuMemsetD8, memory, 0, max(1, num_bytes))
+        self.call(self.cu.cuStreamSynchronize, _DEFAULT_STREAM)  # which none of our streams waits for
         return int(memory)
 
     def pinned(self, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
@@ -174,7 +177,7 @@ class CudaDevice:
     def stream(self) -> CudaStream:
         stream = self.call(self.cu.cuStreamCreate, self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING)
         self._freeing.callback(self.cu.cuStreamDestroy, stream)
-        self._freeing.callback(self.cu.cuStreamSynchronize, stream)
+        self._streams.append(stream)
         return CudaStream(self, stream)
 
     def event(self) -> CudaEvent:
@@ -189,8 +192,13 @@ class CudaDevice:
         return made
 
     def close(self) -> None:
-        """In the reverse order of making. A device that has failed refuses this too: then its context frees it all."""
+        """Once all work is done, in the reverse order of making.
+
+        A device that has failed refuses this too: then its context frees it all.
+        """
         self.cu.cuCtxSetCurrent(self._context)
+        while self._streams:
+            self.cu.cuStreamSynchronize(self._streams.pop())
         self._freeing.close()
 
     def _enter(self) -> None:

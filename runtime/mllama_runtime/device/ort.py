@@ -1,20 +1,21 @@
 """ONNX Runtime programs over a device's memory: the CUDA provider, bound by address so that nothing is copied.
 
-The same code binds host memory with the CPU provider, which is how the tests' device double runs it. With the CUDA
-provider it has never run: no GPU was at hand.
+The same code binds host memory with the CPU provider, which is how the tests' device double runs it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mllama_runtime.backends.private_ort import ort, session_options
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.device import GraphName, ProfileName, ProgramLoader, Session, Stream, Tensor
+from mllama_runtime.device import Device, GraphName, ProfileName, ProgramLoader, Session, Stream, Tensor
+from mllama_runtime.device.cuda_libraries import load_cuda_libraries
 from mllama_runtime.errors import BundleError, EnvironmentFault, ResourceError, UsageError
 from mllama_runtime.manifest import DType, GraphKey
 
@@ -37,22 +38,41 @@ _ELEMENTS: Mapping[DType, Any] = {
 }
 
 
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+# What computes shapes, of a few integers each: its place is the CPU, also in a graph for CUDA.
+_SHAPE_ARITHMETIC = {"Add", "Cast", "Concat", "Div", "Mul", "Reshape", "Shape", "Slice", "Squeeze", "Sub", "Unsqueeze"}
+# CUDA's own attention for prompts is planned anew for each length of a chunk; Flash Attention is not.
+_FLASH_ATTENTION = "1"
+
+
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """Where ONNX Runtime computes. device: its name in bindings. graphs: keys of those with a twin of their own."""
+    """Where ONNX Runtime computes.
 
+    name: ONNX Runtime's. device: its name in bindings. graphs: keys of those with a twin of their own. options: of the
+    provider, by graph. capturable: whether a device's stream can record its runs.
+    """
+
+    name: str
     device: str
-    providers: tuple[Any, ...]
     graphs: Mapping[GraphName, GraphKey]
+    options: Mapping[str, str] = field(default_factory=dict)
+    decoder_options: Mapping[str, str] = field(default_factory=dict)
+    capturable: bool = False
     num_threads: int = 1
+
+    def session_providers(self, graph: GraphName) -> list[Any]:
+        options = {**self.options, **(self.decoder_options if graph == "decoder" else {})}
+        return [(self.name, options), *([] if self.name == _CPU else [_CPU])]
 
 
 def need_cuda_provider() -> None:
-    """Raises EnvironmentFault where this ONNX Runtime has no CUDA provider."""
-    if "CUDAExecutionProvider" not in ort.get_available_providers():
+    """Raises EnvironmentFault where this ONNX Runtime has no CUDA provider, or CUDA's libraries are missing."""
+    if _CUDA not in ort.get_available_providers():
         found = f"onnxruntime {ort.__version__} with {', '.join(ort.get_available_providers())}"
         hint = 'run: pip uninstall onnxruntime && pip install "mllama-deploy[cuda]"'
         raise EnvironmentFault("ONNX Runtime cannot use a GPU", found=found, hint=hint)
+    load_cuda_libraries()
 
 
 def cuda_provider(stream: Stream) -> Provider:
@@ -63,11 +83,18 @@ def cuda_provider(stream: Stream) -> Provider:
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "0",  # FP32 products of 10 bits would not be what FP32 is validated as
     }
-    return Provider("cuda", (("CUDAExecutionProvider", options), "CPUExecutionProvider"), {"decoder": "decoder_cuda"})
+    return Provider(
+        _CUDA,
+        "cuda",
+        {"vision": "vision_cuda", "decoder": "decoder_cuda"},
+        options,
+        {"sdpa_kernel": _FLASH_ATTENTION},
+        capturable=True,
+    )
 
 
-def ort_programs(bundle: Bundle, provider: Provider) -> ProgramLoader:
-    """Loads a bundle's graphs."""
+def ort_programs(bundle: Bundle, provider: Provider, device: Device) -> ProgramLoader:
+    """Loads a bundle's graphs; what a graph's weights take is what the device has less of afterwards."""
 
     def load(graph: GraphName) -> OrtProgram:
         key = provider.graphs.get(graph, graph)
@@ -77,25 +104,60 @@ def ort_programs(bundle: Bundle, provider: Provider) -> ProgramLoader:
         path = bundle.path(spec.file)
         options = session_options(log_severity_level=_LOG_FATAL_ONLY)
         options.intra_op_num_threads = provider.num_threads
+        options.enable_mem_pattern = False  # it would allocate in the second run of every shape, not in the first
+        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        free = device.memory()[0]
         try:
-            session = ort.InferenceSession(path, options, providers=list(provider.providers))
+            session = ort.InferenceSession(
+                path, options, providers=provider.session_providers(graph), enable_fallback=False
+            )
         except Exception as fault:  # ONNX Runtime raises its own types, which share no base class
             if _is_memory(fault):
                 raise ResourceError("not enough memory to load the graph", where=path, found=fault) from fault
             raise BundleError("ONNX Runtime cannot load the graph", where=path, found=fault) from fault
-        return OrtProgram(session, provider)
+        _check_placement(session, provider, path)
+        return OrtProgram(session, provider, weights_bytes=max(0, free - device.memory()[0]))
 
     return load
 
 
+def _check_placement(session: ort.InferenceSession, provider: Provider, path: Path) -> None:
+    """A graph that computes beside the device would copy its tensors to and fro, or see old ones.
+
+    Raises:
+        EnvironmentFault: the provider itself could not be used.
+        BundleError: it has no kernel for a node.
+    """
+    if provider.name not in session.get_providers():
+        found, hint = ", ".join(session.get_providers()), "check the driver (`nvidia-smi`) and CUDA's libraries"
+        raise EnvironmentFault(
+            "ONNX Runtime cannot use the device", where=path, expected=provider.name, found=found, hint=hint
+        )
+    if provider.name == _CPU:
+        return
+    strays = {
+        node.op_type
+        for part in session.get_provider_graph_assignment_info()
+        if part.ep_name != provider.name
+        for node in part.get_nodes()
+    } - _SHAPE_ARITHMETIC
+    if strays:
+        raise BundleError(
+            "the graph does not run on the device as a whole",
+            where=path,
+            found=f"no {provider.name} kernel for {', '.join(sorted(strays))}",
+            hint="export the bundle again, or choose another precision",
+        )
+
+
 class OrtProgram:
-    """A graph in ONNX Runtime, which plans activations and keeps weights by itself: neither counts here."""
+    """A graph in ONNX Runtime."""
 
-    weights_bytes = workspace_bytes = 0
-    capturable = False  # ONNX Runtime captures graphs by its own rules only
+    workspace_bytes = None
 
-    def __init__(self, session: ort.InferenceSession, provider: Provider) -> None:
+    def __init__(self, session: ort.InferenceSession, provider: Provider, *, weights_bytes: int) -> None:
         self._session, self._provider = session, provider
+        self.weights_bytes, self.capturable = weights_bytes, provider.capturable
         self._inputs = {value.name: tuple(value.shape) for value in session.get_inputs()}
         values = (*session.get_inputs(), *session.get_outputs())
         self.dtypes: Mapping[str, DType] = {value.name: _DTYPES[value.type] for value in values}
@@ -110,6 +172,9 @@ class _OrtSession:
     ) -> None:
         self._session, self._device, self._dtypes, self._inputs = session, device, dtypes, inputs
         self._binding = session.io_binding()
+        self._options = ort.RunOptions()
+        # The stream is the caller's, who waits for it where there is something to wait for.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         if tensors.keys() != self._dtypes.keys():
@@ -123,7 +188,7 @@ class _OrtSession:
 
     def run(self, stream: Stream) -> None:
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as fault:  # ONNX Runtime raises its own types, which share no base class
             if _is_memory(fault):
                 hint = "use fewer rows or a shorter prompt"
