@@ -13,6 +13,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import onnxruntime as ort
 
+_ERRORS = 3
+ort.set_default_logger_severity(_ERRORS)  # of what belongs to no session: it warns of plugins that nobody asked for
+
 
 def session_options(*, log_severity_level: int) -> ort.SessionOptions:
     """Options for every session, at this verbosity (3: errors, 4: what is fatal).
