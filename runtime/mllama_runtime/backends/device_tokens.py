@@ -21,6 +21,7 @@ from mllama_runtime.backends.slots import StaticSlots
 from mllama_runtime.contract import SAMPLER_OPTIONS
 from mllama_runtime.device import Session
 from mllama_runtime.memory import tensor_bytes
+from mllama_runtime.preprocessing import ImageTiles
 from mllama_runtime.sampling import Sampled, Sampler, with_logprobs, write_gumbel_noise
 from mllama_runtime.tokens import Outcome, Pending
 
@@ -78,6 +79,14 @@ class DeviceTokens:
         """None where log-probabilities are asked for: they come from logits that the next step overwrites."""
         wanted = any(sampler is not None and sampler.params.logprobs is not None for sampler in self._samplers)
         return 0 if wanted else 1
+
+    def run_at_limits(self, tiles: ImageTiles | None) -> None:
+        """Run every graph once at the largest size: see `StaticSlots.run_at_limits`."""
+        self._slots.run_at_limits(tiles)
+        graphs: tuple[SamplerGraph, ...] = ("greedy", "sampler")
+        for graph in graphs:
+            self._session(graph, self._slots.limits.max_batch).run(self._compute)
+        self._compute.synchronize()
 
     def extend(self, slot: int, chunk: Chunk) -> None:
         self._slots.extend(slot, chunk)

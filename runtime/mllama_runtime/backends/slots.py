@@ -319,7 +319,7 @@ class StaticSlots:
     # Memory
 
     def run_at_limits(self, tiles: ImageTiles | None) -> None:
-        """Run every graph once at the largest size, so that what a program allocates by itself is allocated.
+        """Run vision and decoder once at the largest size, so that what programs allocate by themselves is allocated.
 
         tiles: a picture, which stands for as many as a request may have; None for a text-only model.
         """
@@ -336,7 +336,6 @@ class StaticSlots:
             self.step(self.limits.max_batch, has_image=bool(features))
             self.leave(0)
         self._pictures.forget()
-        self._compute.synchronize()
 
     def _caches(self, tensor_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
         past = {name: tensor_of(name) for name in self._blocks["cache"].tensors}

@@ -99,7 +99,7 @@ class StaticBackend:
             return loaded.plan
         model, free = self._bundle.manifest.model, loaded.device.memory()[0]
         try:
-            slots.run_at_limits(None if model.is_text_only else blank_tiles(model.vision))
+            DeviceTokens(slots).run_at_limits(None if model.is_text_only else blank_tiles(model.vision))
         except ResourceError as fault:
             expected = f"{loaded.plan}, and activations of the largest prompt and step"
             raise _not_enough(loaded.device, expected, str(fault)) from fault
