@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mllama_runtime.backends import Chunk
 from mllama_runtime.backends.blocks import Array, Arrived, Block
+from mllama_runtime.backends.noise import NoiseAhead
 from mllama_runtime.backends.slots import StaticSlots
 from mllama_runtime.contract import SAMPLER_OPTIONS
 from mllama_runtime.device import Session
@@ -72,6 +73,7 @@ class DeviceTokens:
         num_slots = slots.limits.max_batch
         self._samplers: list[Sampler | None] = [None] * num_slots
         self._num_chosen = [0] * num_slots
+        self._noise = NoiseAhead(num_slots, self._blocks["noise"].tensors["noise"].shape[1])
         self._sessions: dict[tuple[SamplerGraph, int, bool], Session] = {}
 
     @property
@@ -102,7 +104,7 @@ class DeviceTokens:
         if sampler.is_plain:
             self._session("greedy", 1, is_first=True).run(self._compute)
         else:
-            self._upload_noise(self._blocks["first_noise"], [(0, sampler, 0)])
+            self._upload_first_noise(sampler)
             self._session("sampler", 1, is_first=True).run(self._compute)
         self._move_in(slot, state, results)
         pending = DevicePending([(slot, sampler, 0)])
@@ -120,7 +122,7 @@ class DeviceTokens:
             for slot, sampler, step in rows:
                 if 0 < sampler.params.min_new_tokens == step:
                     self._allow_stop_tokens(slot, sampler)
-            self._upload_noise(self._blocks["noise"], rows)
+            self._upload_noise(rows)
         session = self._session(graph, batch)
 
         def choose() -> None:
@@ -179,12 +181,21 @@ class DeviceTokens:
         bias[0] = sampler.bias_of_step(self._num_chosen[slot])
         block.upload_part(self._compute, bias, self._blocks["sampling"].row("bias", slot).address)
 
-    def _upload_noise(self, block: Block, rows: Sequence[tuple[int, Sampler, int]]) -> None:
+    def _upload_first_noise(self, sampler: Sampler) -> None:
+        if sampler.params.temperature > 0:
+            block = self._blocks["first_noise"]
+            mirror = block.turn()["noise"]
+            write_gumbel_noise(mirror[0], sampler.seed, 0)
+            block.upload_part(self._compute, mirror, block.address)
+
+    def _upload_noise(self, rows: Sequence[tuple[int, Sampler, int]]) -> None:
+        block = self._blocks["noise"]
         mirror = block.turn()["noise"]
-        for row, sampler, step in rows:
+        for slot, sampler, step in rows:
             if sampler.params.temperature > 0:
-                write_gumbel_noise(mirror[row], sampler.seed, step)
-                block.upload_part(self._compute, mirror[row], block.row("noise", row).address)
+                self._noise.write(mirror[slot], slot, sampler, step)
+                block.upload_part(self._compute, mirror[slot], block.row("noise", slot).address)
+                self._noise.draw(slot, sampler, step + 1)
 
     def _session(self, graph: SamplerGraph, batch: int, *, is_first: bool = False) -> Session:
         """A sampler graph over the decoder's logits of the first rows, or over those of a prompt's last token."""
