@@ -25,6 +25,8 @@ from mllama_runtime.tensorfile import TensorInfo
 
 from mllama_exporter.checkpoints import checkpoint_from_folder
 from mllama_exporter.checkpoints.checkpoint import Checkpoint, expected_tensors, truncate
+from mllama_exporter.cuda_decoder import cuda_decoder_from_graph
+from mllama_exporter.cuda_vision import cuda_vision_from_graph
 from mllama_exporter.graphs import (
     decoder_graph_from_config,
     vision_graph_from_config,
@@ -213,7 +215,8 @@ def saved_graphs(graphs: Mapping[GraphKey, ir.Model], folder: Path, config: Mode
     for key, standard in graphs.items():
         models[key] = f"{key}.onnx", standard
         models[cast(GraphKey, f"{key}_ort")] = f"{key}.ort.onnx", ort_graph_from_graph(standard, config)
-    models["decoder_cuda"] = "decoder.cuda.onnx", ort_graph_from_graph(graphs["decoder"], config, for_cuda=True)
+        cuda_twin = cuda_vision_from_graph if key == "vision" else cuda_decoder_from_graph
+        models[cast(GraphKey, f"{key}_cuda")] = f"{key}.cuda.onnx", cuda_twin(standard, config)
     models["greedy"] = "greedy.onnx", greedy_graph_from_config(config)
     models["sampler"] = "sampler.onnx", sampler_graph_from_config(config)
     specs: dict[GraphKey, GraphSpec] = {}

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 from mllama_runtime.tensorfile import TensorInfo
+
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
+LOW_PRECISION = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Types of activations that hold less than float32."""
 
 IR_DTYPES = {
     "F32": ir.DataType.FLOAT,
@@ -27,7 +35,7 @@ class Builder:
         self,
         op_type: str,
         inputs: list[ir.Value | None],
-        attributes: dict[str, int | float | list[int]] | None = None,
+        attributes: Mapping[str, int | float | list[int]] | None = None,
         *,
         domain: str = "",
         num_outputs: int = 1,

@@ -27,7 +27,7 @@ QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
 Precision = Literal[BasePrecision, QuantizedPrecision]
 SourceFormat = Literal["hf", "meta"]
 """A checkpoint as Hugging Face's libraries read it, or Meta's own files."""
-GraphKey = Literal["vision", "vision_ort", "decoder", "decoder_ort", "decoder_cuda", "greedy", "sampler"]
+GraphKey = Literal["vision", "vision_ort", "vision_cuda", "decoder", "decoder_ort", "decoder_cuda", "greedy", "sampler"]
 DType = Literal["float32", "float16", "bfloat16", "int64", "int32", "int8", "uint8", "bool"]
 
 

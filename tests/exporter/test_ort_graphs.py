@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +12,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 import torch
+from mllama_exporter import cuda_decoder
 from mllama_exporter.checkpoints.hf_config import model_config_from_hf
+from mllama_exporter.cuda_decoder import cuda_decoder_from_graph
 from mllama_exporter.graphs import decoder_graph_from_config, weight_names
 from mllama_exporter.ort_graphs import ort_graph_from_graph
-from mllama_runtime.backends.private_ort import session_options
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
 
 from ._checkpoints import tiny, write_checkpoint
-
-BAR = 2e-5  # absolute, the bar of the graphs themselves; measured 1.2e-5 on logits of order ten
+from ._steps import BAR, inputs
 
 
 @pytest.fixture(scope="module")
@@ -35,32 +36,6 @@ def sessions(request: pytest.FixtureRequest, bundle_of) -> tuple[ort.InferenceSe
     options.log_severity_level = 3  # unbound caches are copied, and ONNX Runtime says so for each
     options.intra_op_num_threads = 1
     return tuple(ort.InferenceSession(bundle / name, options) for name in ("decoder.onnx", "decoder.ort.onnx"))
-
-
-def inputs(model: ModelConfig, lengths: list[int], seq: int, num_tiles: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-    """One step of `seq` tokens for rows with so many cached entries each."""
-    rng, text, batch = np.random.default_rng(seed), model.text, len(lengths)
-    shapes = {
-        **{f"past_{kind}_{layer}": 48 for layer in text.self_attention_layers for kind in ("key", "value")},
-        **{
-            f"cross_{kind}_{layer}": num_tiles * model.vision.num_patches
-            for layer in text.cross_attention_layers
-            for kind in ("key", "value")
-        },
-    }
-    caches = {
-        name: rng.standard_normal((batch, text.num_kv_heads, rows, text.head_dim), np.float32)
-        for name, rows in shapes.items()
-    }
-    return {
-        "input_ids": rng.integers(0, text.vocab_size, (batch, seq)),
-        "write_indices": np.array(lengths),
-        "kv_lengths": np.array(lengths) + seq,
-        "logits_indices": np.full((batch, 1), seq - 1),
-        "cross_attention_mask": rng.random((batch, seq, num_tiles)) > 0.4,
-        "has_image": np.arange(batch) % 3 != 2,
-        **caches,
-    }
 
 
 @pytest.mark.parametrize(("lengths", "seq"), [([0], 9), ([7], 5), ([20], 1), ([13, 2, 30], 1), ([0, 0, 0], 4)], ids=str)
@@ -136,30 +111,12 @@ def test_the_twins_operators(bundle_of, model: ModelConfig, precision: str) -> N
     assert operators("vision.ort.onnx")["Attention"] == model.vision.num_layers + model.vision.num_global_layers
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8-weight", "int4", "int8"])
-def test_the_twin_for_cuda_equals_the_standard_graph(bundle_of, model: ModelConfig, precision: str) -> None:
-    """In its own precision, on the CPU provider, which computes most of FP16 in float32: one rounding more or less.
-
-    That flips steps of the grids that activations are rounded to: int8's own, and that of the CPU's kernel for packed
-    weights. Measured up to 0.031 on these random inputs, 0.002 for FP16.
-    """
-    bundle = Path(bundle_of(precision))
-    feeds, dtype = inputs(model, [13, 2, 30], 1, 2), np.float32 if precision == "fp32" else np.float16
-    feeds = {name: array.astype(dtype) if array.dtype == np.float32 else array for name, array in feeds.items()}
-    options = session_options(log_severity_level=3)
-    expected, found = (
-        ort.InferenceSession(bundle / name, options).run(["logits"], feeds)[0]
-        for name in ("decoder.onnx", "decoder.cuda.onnx")
-    )
-    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
-    assert error <= {"fp32": BAR, "fp16": 0.005}.get(precision, 0.05)
-    specs = Bundle.read(bundle).manifest.graphs["decoder_cuda"].inputs
-    dtypes = {spec.dtype for spec in specs if spec.name.startswith(("past_", "cross_key", "cross_value"))}
-    assert dtypes == {"float32" if precision == "fp32" else "float16"}
-
-
-def test_heads_of_a_size_that_the_kernel_does_not_take(tmp_path: Path) -> None:
+@pytest.mark.parametrize("twin_from_graph", [ort_graph_from_graph, cuda_decoder_from_graph])
+def test_heads_of_a_size_that_the_kernel_does_not_take(
+    tmp_path: Path, twin_from_graph: Callable[[ir.Model, ModelConfig], ir.Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """ONNX Runtime refuses them when it runs; a session over the twin of such a model runs it all the same."""
+    monkeypatch.setattr(cuda_decoder, "GROUPED_DTYPES", (ir.DataType.FLOAT,))
     folder = write_checkpoint(tmp_path / "checkpoint", config=tiny(text={"hidden_size": 24}))
     config = model_config_from_hf(folder)
     standard = decoder_graph_from_config(config, torch.float32, "hf")
@@ -168,7 +125,7 @@ def test_heads_of_a_size_that_the_kernel_does_not_take(tmp_path: Path) -> None:
     for name, value in weights.items():
         value.const_value = ir.tensor(rng.standard_normal(value.shape.numpy(), np.float32) * 0.1, name=name)
     sessions = []
-    for name, graph in (("standard", standard), ("twin", ort_graph_from_graph(standard, config))):
+    for name, graph in (("standard", standard), ("twin", twin_from_graph(standard, config))):
         ir.save(graph, tmp_path / f"{name}.onnx")
         sessions.append(ort.InferenceSession(tmp_path / f"{name}.onnx"))
     feeds = inputs(config, [7, 3], 1, 2)

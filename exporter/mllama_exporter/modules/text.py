@@ -62,8 +62,9 @@ class SelfAttention(nn.Module):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         dim, kv_dim = config.hidden_size, config.num_kv_heads * config.head_dim
-        self.q_proj, self.o_proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.k_proj, self.v_proj = nn.Linear(dim, kv_dim, bias=False), nn.Linear(dim, kv_dim, bias=False)
+        # In this order they lie in the weights file, where a twin takes the first three as one matrix.
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width, bias=False) for width in (dim, kv_dim, kv_dim))
+        self.o_proj = nn.Linear(dim, dim, bias=False)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], step: tuple[Tensor, Tensor]

@@ -139,7 +139,9 @@ class VisionTower(nn.Module):
         x = self.pre_tile_positional_embedding(x, aspect_ratio_ids)
         x = torch.cat([self.class_embedding.expand(num_images, num_tiles, 1, dim), x], dim=2)  # [I, T, P, V]
         x = self.layernorm_pre(self.gated_positional_embedding(x, aspect_ratio_ids))
-        x = F.pad(x, (0, 0, 0, padding)).reshape(flat)  # [I, T*Q, V]
+        # Not F.pad, which ONNX Runtime has no kernel for in bfloat16.
+        zeros = torch.scalar_tensor(0, dtype=x.dtype).expand(num_images, num_tiles, padding, dim)
+        x = torch.cat([x, zeros], dim=2).reshape(flat)  # [I, T*Q, V]
 
         mask = self._attention_mask(aspect_ratio_mask, padding)
         states = self.transformer(x, mask)
