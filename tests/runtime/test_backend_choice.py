@@ -52,8 +52,11 @@ def test_names(bundle: Bundle) -> None:
 def test_limits_are_for_cuda_alone(bundle: Bundle) -> None:
     with pytest.raises(UsageError, match="limits: only for the back end cuda: found cpu"):
         backend_from_bundle(bundle, "cpu", 1, limits=Limits(1, 64, 16, 4))
-    limits = default_limits(bundle.manifest.model)
     model = bundle.manifest.model
+    longest = model.text.max_seq_len
+    with pytest.raises(UsageError, match=f"max_seq_len: too many tokens: expected at most {longest}, as the model"):
+        backend_from_bundle(bundle, "cuda", 1, limits=Limits(1, longest + 1, 16, 4))
+    limits = default_limits(model)
     assert (limits.max_batch, limits.max_seq_len) == (4, min(8192, model.text.max_seq_len))
     assert limits.max_tiles == model.vision.max_num_tiles
 

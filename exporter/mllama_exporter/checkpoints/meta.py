@@ -279,7 +279,7 @@ def _by_ratio_shape(table: torch.Tensor, config: ModelConfig) -> Shape:
 
 
 def _by_ratio(table: torch.Tensor, config: ModelConfig, start: int, stop: int) -> torch.Tensor:
-    """A table by a tile's row and column [T, T, ...] -> rows by aspect ratio id [stop - start, T * ...]; 0 elsewhere."""
+    """A table by a tile's row and column [T, T, ...] -> rows by aspect ratio id [stop - start, T * ...], else 0."""
     ratios, tiles = config.vision.supported_aspect_ratios, config.vision.max_num_tiles
     out = torch.zeros(stop - start, tiles, *table.shape[2:], dtype=table.dtype)
     for index in range(max(1, start), stop):  # id 0 is padding

@@ -11,6 +11,7 @@ from mllama_runtime.bundle import Bundle
 from mllama_runtime.device.cuda import cuda_driver, open_cuda_device
 from mllama_runtime.device.trt import trt_programs
 from mllama_runtime.engine_record import Limits, default_limits, engine_from_bundle
+from mllama_runtime.errors import UsageError
 
 
 def tensorrt_backend(bundle: Bundle, name: TensorRTBackend) -> StaticBackend:
@@ -33,7 +34,12 @@ def cuda_backend(bundle: Bundle, limits: Limits | None) -> StaticBackend:
 
     Raises:
         EnvironmentFault: onnxruntime-gpu, cuda-bindings, a driver or a GPU is missing or too old.
+        UsageError: limits beyond the model's own, whose rotary angles end there.
     """
+    longest = bundle.manifest.model.text.max_seq_len
+    if limits is not None and limits.max_seq_len > longest:
+        expected = f"at most {longest}, as the model takes"
+        raise UsageError("too many tokens", where="max_seq_len", expected=expected, found=limits.max_seq_len)
     from mllama_runtime.device.ort import cuda_provider, need_cuda_provider, ort_programs
 
     need_cuda_provider()
