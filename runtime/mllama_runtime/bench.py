@@ -140,13 +140,13 @@ def first_token_seconds(
 ) -> float:
     """Seconds from a picture's pixels, if there is one, and a prompt's token ids to the first token.
 
-    num_before: tokens before the picture that see its padding tiles, and so run by themselves.
+    num_before: tokens before the picture, which see its padding tiles.
     """
     tokens = backend.tokens(num_slots=1, cache_len=num_tokens, num_tiles=num_tiles)
     token_ids = np.arange(num_tokens) % model.text.vocab_size
     visibility = np.zeros((num_tokens, num_tiles), np.bool_)
     visibility[num_before:] = True
-    starts = [*range(0, num_before, tokens.prefill_chunk), *range(num_before, num_tokens, tokens.prefill_chunk)]
+    starts = range(0, num_tokens, tokens.prefill_chunk)
     keys = count()
 
     def work() -> None:
