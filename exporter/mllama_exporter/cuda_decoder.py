@@ -6,7 +6,6 @@ attentions (`ort_attention`):
   kernel: there the standard operators stay;
 - its longest length is that of the cache axis, which the host knows without asking the device;
 - a residual and the normalisation behind it become one operator;
-- rows that went through cross-attention are put back in place, where the standard graph joins them to the others;
 - gates are constant, but ONNX Runtime folds no 16-bit Tanh at load: theirs is taken in float32.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
@@ -19,6 +18,7 @@ import onnx_ir as ir
 from mllama_runtime.config import ModelConfig, TextConfig
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mllama_exporter.cuda_norms import use_residual_norms
 from mllama_exporter.cuda_products import one_product, use_fused_products, use_quantized_products
 from mllama_exporter.graph_edit import CONTRIB, LOW_PRECISION, Builder, producer_of, replace
 from mllama_exporter.ort_attention import self_attentions, use_group_query_attention, use_matrix_products
@@ -41,10 +41,9 @@ def cuda_decoder_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model
     else:
         _keep_lengths_on_device(graph)
     use_fused_products(graph)
-    _use_residual_norms(graph)
+    use_residual_norms(graph)
     if dtype in LOW_PRECISION:
         _fold_gates(graph, dtype)
-    _put_first_rows(graph)
     _gather_by_row(graph)
     RemoveUnusedNodesPass()(model)
     model.opset_imports[CONTRIB] = 1
@@ -85,52 +84,12 @@ def _keep_lengths_on_device(graph: ir.Graph) -> None:
     graph.remove(sub, safe=True)
 
 
-def _use_residual_norms(graph: ir.Graph) -> None:
-    """A sum and its normalisation in one kernel, which accumulates in float32 and returns the sum as well."""
-    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
-        residual = norm.inputs[0].producer() if norm.inputs[0] is not None else None
-        if residual is None or residual.op_type != "Add":
-            continue
-        build = Builder(graph, residual, str(norm.name))
-        attributes = {"epsilon": norm.attributes["epsilon"].as_float()}
-        inputs = [*residual.inputs, norm.inputs[1]]
-        normed = build.add("SkipSimplifiedLayerNormalization", inputs, attributes, domain=CONTRIB, num_outputs=4)
-        node = producer_of(normed, "SkipSimplifiedLayerNormalization")
-        for new, old in ((node.outputs[3], residual.outputs[0]), (normed, norm.outputs[0])):
-            replace(old, new)
-        for unused in node.outputs[1:3]:
-            unused.name = ""
-        graph.remove([norm, residual], safe=True)
-
-
 def _fold_gates(graph: ir.Graph, dtype: ir.DataType) -> None:
     for gate in [node for node in graph if node.op_type == "Tanh"]:
         build = Builder(graph, gate, str(gate.name))
         wide = build.add("Tanh", [build.add("Cast", [gate.inputs[0]], {"to": ir.DataType.FLOAT})])
         replace(gate.outputs[0], build.add("Cast", [wide], {"to": int(dtype)}))
         graph.remove(gate, safe=True)
-
-
-def _put_first_rows(graph: ir.Graph) -> None:
-    """Rows that went through cross-attention, put back among the others where they lie: with none there is no copy."""
-    joins = [node for node in graph if node.op_type == "Concat" and _is_slice(node.inputs[-1])]
-    if not joins:
-        return
-    count = producer_of(joins[0].inputs[1], "Slice").inputs[1]
-    shared = Builder(graph, joins[0], "first_rows")
-    zero, one = (shared.constant(np.array(value, np.int64)) for value in (0, 1))
-    places = shared.add("Range", [zero, shared.add("Squeeze", [count]), one])
-    places = shared.add("Unsqueeze", [places, shared.constant(np.array([1], np.int64))])  # [N, 1]
-    for join in joins:
-        build = Builder(graph, join, str(join.name))
-        rest = producer_of(join.inputs[1], "Slice")
-        replace(join.outputs[0], build.add("ScatterND", [rest.inputs[0], places, join.inputs[0]]))
-        graph.remove([join, rest], safe=True)
-
-
-def _is_slice(value: ir.Value | None) -> bool:
-    producer = value.producer() if value is not None else None
-    return producer is not None and producer.op_type == "Slice"
 
 
 def _gather_by_row(graph: ir.Graph) -> None:

@@ -16,6 +16,7 @@ import onnx_ir as ir
 from mllama_runtime.config import ModelConfig, VisionConfig
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from mllama_exporter.cuda_norms import use_residual_norms
 from mllama_exporter.cuda_products import use_fused_products, use_quantized_products
 from mllama_exporter.graph_edit import CONTRIB, LOW_PRECISION, Builder, producer_of, replace
 
@@ -34,6 +35,7 @@ def cuda_vision_from_graph(standard: ir.Model, config: ModelConfig) -> ir.Model:
     _use_patch_product(graph, vision)
     use_quantized_products(graph, dtype)
     use_fused_products(graph)
+    use_residual_norms(graph)
     RemoveUnusedNodesPass()(model)  # the mask
     model.opset_imports[CONTRIB] = 1
     return model

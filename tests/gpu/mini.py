@@ -152,14 +152,15 @@ def _forced(engine: Engine, backend: Backend, request: Request, answer: Sequence
 def without_capture(backend: Backend) -> bool:
     """Let an entered back end run every step call by call; False where it captures nothing anyway."""
     slots: Any = backend.slots(num_slots=1, cache_len=1, num_tiles=1)
-    if not getattr(slots, "_may_capture", False):
+    if not getattr(slots, "_recorded", None):
         return False
-    slots._may_capture = False
+    slots._recorded._can_record = False
+    slots._recorded._captured.clear()
     return True
 
 
 def captured_steps(backend: Backend) -> str:
     """Which steps are captured by now, and which are not."""
     slots: Any = backend.slots(num_slots=1, cache_len=1, num_tiles=1)
-    steps = getattr(slots, "_captured", {})
+    steps = slots._recorded._captured if hasattr(slots, "_recorded") else {}
     return " ".join(f"{'x'.join(map(str, key))}:{type(made).__name__}" for key, made in steps.items())

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("subjects", nargs="*")
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", "out")))
     parser.add_argument("--label", help="stands in every line")
-    parser.add_argument("--cases", choices=["large", "quick", "tiny"], default="large")
+    parser.add_argument("--cases", choices=["large", "quick", "short", "tiny"], default="large")
     parser.add_argument("--steps", type=int, help="decode steps to measure of each case")
     parser.add_argument("--no-capture", action="store_true")
     parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="of the decoder's provider")

@@ -51,6 +51,11 @@ CASES = {
         Limits(max_batch=16, max_seq_len=8192, prefill_chunk=512, max_tiles=4),
         ((1, 0, 512), (1, 4, 512), (1, 0, 8000), (4, 0, 512), (16, 0, 512), (16, 4, 512)),
     ),
+    "short": Cases(  # to compare one way with another
+        Limits(max_batch=16, max_seq_len=1024, prefill_chunk=512, max_tiles=4),
+        ((1, 0, 512), (1, 4, 512), (4, 0, 512), (16, 0, 512)),
+        32,
+    ),
     "tiny": Cases(  # for a rehearsal
         Limits(max_batch=4, max_seq_len=512, prefill_chunk=256, max_tiles=4), ((1, 0, 128), (1, 4, 128), (4, 4, 128)), 8
     ),
@@ -286,7 +291,7 @@ class _Run:
             )
         self._seconds(4, 128, warm_up=0, repeats=1)
         slots: Any = self.backend.slots(num_slots=1, cache_len=1, num_tiles=1)
-        slots._pictures.forget()  # or the picture would not be encoded again
+        slots._pictures.warm_up(sample_tiles(self.model))  # it forgets: or the picture would not be encoded again
         name = "first token, picture"
         self.record.try_(
             f"profile: {name}",

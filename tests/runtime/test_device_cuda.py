@@ -78,6 +78,12 @@ def test_page_locked_arrays_have_pages_of_their_own_and_outlive_the_device(devic
     assert arrays[0].sum() == 0
 
 
+def test_a_page_locked_array_that_is_dropped_keeps_its_place(device: CudaDevice) -> None:
+    """A driver refuses to lock a place twice, and the system hands out a place as soon as it is free."""
+    places = [device.pinned((2**20,), np.uint8).ctypes.data for _ in range(4)]
+    assert len(set(places)) == 4
+
+
 def test_work_is_done_before_all_is_freed_in_reverse_and_once(driver: DriverDouble, device: CudaDevice) -> None:
     """The stream is made before the page-locked array that its copies may still be reading."""
     address, stream = device.allocate(10), device.stream()

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from weakref import WeakMethod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime.backends.blocks import Block
+from mllama_runtime.backends.recorded import Recorded
 from mllama_runtime.device import Event, Session, Stream, Tensor
 from mllama_runtime.errors import UsageError
 from mllama_runtime.preprocessing import ImageTiles
@@ -40,19 +42,22 @@ class StaticFeatures:
 class Pictures:
     """Encoded pictures: [1, G, max_num_tiles*P, D] by the vision graph's output names, padding tiles included.
 
-    Pixels go up in a stream of their own, while the device still works on earlier steps.
+    Pixels go up in a stream of their own, while the device still works on earlier steps. vision: makes sessions, one
+    for each way from a block of pixels to a block of keys and values.
     """
 
     def __init__(
         self,
-        vision: Session | None,
+        vision: Callable[[], Session],
+        recorded: Recorded,
         pixels: Sequence[Block],
         pictures: Sequence[Block],
         compute: Stream,
         copies: Stream,
         events: Sequence[Event],
     ) -> None:
-        self._vision, self._pixels, self._compute, self._copies = vision, pixels, compute, copies
+        self._vision, self._recorded, self._sessions = vision, recorded, dict[tuple[int, int], Session]()
+        self._pixels, self._compute, self._copies = pixels, compute, copies
         self._blocks, self._free = pictures, list(range(len(pictures)))
         self._kept: OrderedDict[str, int] = OrderedDict()  # key -> block, the latest used last
         self._has_read = events  # of the vision graph, one for each block of pixels
@@ -63,21 +68,24 @@ class Pictures:
         index = self._kept.get(features.key)
         if index is None:
             index = self._free.pop() if self._free else self._forget(needed)
-            self._encode(features.tiles, self._blocks[index])
+            self._encode(features.tiles, index)
             self._kept[features.key] = index
         self._kept.move_to_end(features.key)
         return self._blocks[index].tensors
-
-    def forget(self) -> None:
-        """Remember no picture."""
-        self._free += self._kept.values()
-        self._kept.clear()
 
     def _forget(self, needed: Collection[str]) -> int:
         oldest = next(key for key in self._kept if key not in needed)
         return self._kept.pop(oldest)
 
-    def _encode(self, tiles: ImageTiles, block: Block) -> None:
+    def warm_up(self, tiles: ImageTiles) -> None:
+        """Encode into every place from every other, until each way is recorded; then remember no picture."""
+        for index in (0, *range(len(self._blocks))):
+            for _ in self._pixels:
+                self._encode(tiles, index)
+        self._free += self._kept.values()
+        self._kept.clear()
+
+    def _encode(self, tiles: ImageTiles, index: int) -> None:
         self._turn = (self._turn + 1) % len(self._pixels)
         pixels, has_read = self._pixels[self._turn], self._has_read[self._turn]
         mirror = pixels.turn()
@@ -87,8 +95,10 @@ class Pictures:
         self._copies.wait(has_read)
         pixels.upload(self._copies)
         pixels.wait(self._compute)
-        if self._vision is None:
-            raise RuntimeError("a text-only model sees no pictures")
-        self._vision.bind({**pixels.tensors, **block.tensors})
-        self._vision.run(self._compute)
+        key = self._turn, index
+        session = self._sessions.get(key)
+        if session is None:
+            session = self._sessions[key] = self._vision()
+            session.bind({**pixels.tensors, **self._blocks[index].tensors})
+        self._recorded.run(("picture", *key), "picture", partial(session.run, self._compute))
         self._compute.record(has_read)

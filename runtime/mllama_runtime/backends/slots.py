@@ -5,8 +5,6 @@ Dimensions: N slots, B batch, G key/value heads, T tiles, P num_patches, D head_
 
 from __future__ import annotations
 
-import logging
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,19 +16,15 @@ from numpy.typing import NDArray
 from mllama_runtime.backends import Chunk, Features
 from mllama_runtime.backends.blocks import Array, Block
 from mllama_runtime.backends.pictures import Pictures, StaticFeatures
+from mllama_runtime.backends.recorded import Recorded
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.contract import MAX_LOGITS
-from mllama_runtime.device import Captured, Device, GraphName, ProfileName, Program, Session, Stream, Tensor
+from mllama_runtime.device import Device, GraphName, ProfileName, Program, Session, Stream, Tensor
 from mllama_runtime.engine_record import Limits
-from mllama_runtime.errors import EnvironmentFault, UsageError
+from mllama_runtime.errors import UsageError
 from mllama_runtime.manifest import DType
 from mllama_runtime.memory import MemoryPlan, tensor_bytes
 from mllama_runtime.preprocessing import ImageTiles
-
-logger = logging.getLogger(__name__)
-
-# Before a step is captured: TensorRT takes on new shapes in a first run, and no run that is captured may allocate.
-_WARM_UP_RUNS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +55,11 @@ class StaticSlots:
         self._model, self._compute, self._blocks = model, loaded.compute, loaded.blocks
         dtype = next(iter(self._blocks["cache"].tensors.values())).dtype
         self._tile_bytes = tensor_bytes((model.vision.num_patches, model.text.head_dim), dtype)
+        can_record = all(program.capturable for program in loaded.programs.values())
+        self._recorded = Recorded(loaded.compute, can_record=can_record)
         self._pictures = Pictures(
-            None if model.is_text_only else loaded.session("vision", "images"),
+            lambda: loaded.session("vision", "images"),
+            self._recorded,
             [block for name, block in self._blocks.items() if name.startswith("pixels_")],
             [block for name, block in self._blocks.items() if name.startswith("picture_")],
             loaded.compute,
@@ -76,10 +73,8 @@ class StaticSlots:
         self._seen_is_old = True
         self._prompts: dict[str, Session] = {}
         self._sessions: dict[tuple[int, int], Session] = {}
-        self._captured: dict[tuple[int, int, str], Captured] = {}
-        self._num_runs: Counter[tuple[int, int, str]] = Counter()  # of steps that are not captured yet
-        self._may_capture = all(program.capturable for program in loaded.programs.values())
         self._sizes = _batch_sizes(limits.max_batch)
+        self._landing: Array = np.empty(0, np.uint8)
 
     # Prompts
 
@@ -262,24 +257,7 @@ class StaticSlots:
             session.run(self._compute)
             then()
 
-        if captured := self._captured.get(key):
-            captured.launch()
-        elif not self._may_capture or self._num_runs[key] < _WARM_UP_RUNS:
-            self._num_runs[key] += 1
-            work()
-        else:
-            self._capture(key, work)
-
-    def _capture(self, key: tuple[int, int, str], work: Callable[[], None]) -> None:
-        """Record a step and launch it. Where it cannot be recorded, steps run as they are from here on."""
-        try:
-            captured = self._captured[key] = self._compute.capture(work)
-        except EnvironmentFault as fault:
-            self._may_capture = False
-            logger.warning("steps cannot be captured, and are launched kernel by kernel: %s", fault)
-            work()
-        else:
-            captured.launch()
+        self._recorded.run(key, key, work)
 
     def _decode_session(self, batch: int, num_tiles: int) -> Session:
         """Its addresses never change: a session for each batch size and number of tiles, 0 for text alone."""
@@ -335,7 +313,8 @@ class StaticSlots:
             self.extend(0, Chunk(chunk, 0, visibility, features), num_logits=min(len(chunk), MAX_LOGITS))
             self.step(self.limits.max_batch, has_image=bool(features))
             self.leave(0)
-        self._pictures.forget()
+        if tiles is not None:
+            self._pictures.warm_up(tiles)
 
     def _caches(self, tensor_of: Callable[[str], Tensor]) -> dict[str, Tensor]:
         past = {name: tensor_of(name) for name in self._blocks["cache"].tensors}
@@ -361,7 +340,7 @@ class StaticSlots:
         row = self._model.text.num_kv_heads * self._num_tiles * self._tile_bytes
         return self._blocks["cross"].tensors[name].address + slot * row
 
-    # For validation: read back, slowly, through memory that is taken for it and kept
+    # For validation: read back, slowly, through memory that is taken for it and kept for the next time
 
     def cached(self, slot: int, num_tokens: int) -> dict[str, NDArray[np.float32]]:
         cache = self._blocks["cache"]
@@ -371,7 +350,9 @@ class StaticSlots:
         return {name: self._read(each) for name, each in self._pictures.encoded(features, {features.key}).items()}
 
     def _read(self, tensor: Tensor) -> NDArray[np.float32]:
-        raw = self.loaded.device.pinned((tensor.num_bytes,), np.uint8)
+        if self._landing.nbytes < tensor.num_bytes:
+            self._landing = self.loaded.device.pinned((tensor.num_bytes,), np.uint8)
+        raw = self._landing[: tensor.num_bytes]
         self._compute.download(raw, tensor.address)
         self._compute.synchronize()
         return _floats(raw, tensor.dtype).reshape(tensor.shape)

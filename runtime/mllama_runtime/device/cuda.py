@@ -171,8 +171,12 @@ class CudaDevice:
         # Whole pages, for memory is locked by the page, and one page only once.
         pages = np.frombuffer(mmap.mmap(-1, max(1, num_bytes), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
         self.call(self.cu.cuMemHostRegister, pages.ctypes.data, pages.nbytes, 0)
-        self._freeing.callback(self.cu.cuMemHostUnregister, pages.ctypes.data)
+        self._freeing.callback(self._unregister, pages)
         return pages[:num_bytes].view(dtype).reshape(shape)
+
+    def _unregister(self, pages: NDArray[np.uint8]) -> None:
+        """Holds the pages until then: a place that is given back while it is locked can be locked by nobody else."""
+        self.cu.cuMemHostUnregister(pages.ctypes.data)
 
     def stream(self) -> CudaStream:
         stream = self.call(self.cu.cuStreamCreate, self.cu.CUstream_flags.CU_STREAM_NON_BLOCKING)
