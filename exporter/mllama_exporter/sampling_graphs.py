@@ -3,12 +3,13 @@
 They are the same in every precision and on every back end: standard operators, float32 throughout (TensorRT has no
 float64), every row by its own options, no row touched by another's. Nothing is sorted, for TensorRT's TopK gives 3,840
 values at most: what top-k and top-p keep is found by searching for the lowest score that is kept, all rows at once.
+There is no ReduceMax or ReduceMin either, see `_extreme`.
 
 The reference computes in float64. What differs is the last bits of (x - max x) / temperature + noise and of the mass
 that top-p counts, each about 1e-7 of its value: a draw whose two likeliest outcomes are closer than that may flip,
 which is about one in a million.
 
-Never run on a GPU. Engines for one have been built: see `tests/exporter/test_sampling_graphs.py`.
+Engines of TensorRT have been built, see `tests/exporter/test_sampling_graphs.py`, and never run.
 
 Dimensions: R rows, V vocabulary.
 """
@@ -16,12 +17,13 @@ Dimensions: R rows, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.contract import SAMPLER_OPTIONS, Shape, greedy_shapes, sampler_shapes
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from mllama_exporter.graphs import IR_VERSION, OPSET, PRODUCER
 
@@ -33,6 +35,9 @@ _NUM_PASSES = 9
 
 # Scores this many temperatures below the largest are out of reach: noise of `gumbel_noise` is between -3.7 and 36.8.
 _REACH = 42.0
+
+# To find the largest or smallest, the vocabulary is cut into so many blocks, or fewer where they would differ in size.
+_MAX_BLOCKS = 16
 
 _TYPES = {
     "token_ids": ir.DataType.INT64,
@@ -52,8 +57,8 @@ def greedy_graph_from_config(config: ModelConfig) -> ir.Model:
     inputs, outputs = greedy_shapes(config)
     ops = _Operators(inputs)
     logits = ops.inputs["logits"]
-    peak, is_finite = _peak(ops, logits)
-    token_ids = _lowest_id(ops, logits, peak, config.text.vocab_size)
+    peak, is_finite = _peak(ops, logits, config)
+    token_ids = _lowest_id(ops, logits, peak, config)
     status = ops.add("Where", is_finite, _STATUS_FINE, _STATUS_NO_LOGITS)
     return ops.model("greedy", outputs, {"token_ids": token_ids, "status": _one_axis(ops, status)})
 
@@ -74,13 +79,10 @@ def sampler_graph_from_config(config: ModelConfig) -> ir.Model:
     inputs, outputs = sampler_shapes(config)
     ops = _Operators(inputs)
     logits, counts = ops.inputs["logits"], ops.inputs["counts"]
-    option = {
-        name: ops.add("Slice", ops.inputs["options"], _axis(index), _axis(index + 1), _axis(1))
-        for index, name in enumerate(SAMPLER_OPTIONS)
-    }
-    _, has_logits = _peak(ops, logits)
+    option = dict(zip(SAMPLER_OPTIONS, _columns(ops, ops.inputs["options"], len(SAMPLER_OPTIONS)), strict=True))
+    _, has_logits = _peak(ops, logits, config)
     scores = _penalised(ops, ops.add("Where", has_logits, logits, 0.0), option)  # [R, V]
-    top = ops.reduce("Max", scores)
+    top = _extreme(ops, scores, config)
     has_token = _is_finite(ops, top)
     top = ops.add("Where", has_token, top, 0.0)
 
@@ -88,20 +90,20 @@ def sampler_graph_from_config(config: ModelConfig) -> ir.Model:
     temperature = ops.add("Where", is_sampled, option["temperature"], 1.0)
     log_weights = ops.add("Div", ops.add("Sub", scores, top), temperature)  # step 6
     weights = ops.add("Exp", log_weights)
-    lowest = _lowest_bound(ops, scores, top, temperature)
+    lowest = _lowest_bound(ops, scores, top, temperature, config)
 
     # Step 7. `below` is under every score that is kept and not under the next one, here and in step 8.
     top_k = ops.add("Where", ops.add("Greater", option["top_k"], 0.0), option["top_k"], math.inf)
     below = _search(ops, scores, None, top_k, lowest, top)
-    mass = ops.reduce("Sum", ops.add("Where", ops.add("Greater", scores, below), weights, 0.0))
+    mass = ops.sum(ops.add("Where", ops.add("Greater", scores, below), weights, 0.0))
 
     # Step 8. Of the scores equal to the last that is kept, some may be in and some not.
     share = ops.add("Where", ops.add("Less", option["top_p"], 1.0), ops.add("Max", option["top_p"], _TINY), 2.0)
     wanted = ops.add("Mul", mass, share)
     below = ops.add("Max", below, _search(ops, scores, weights, wanted, lowest, top))
-    last = ops.reduce("Min", ops.add("Where", ops.add("Greater", scores, below), scores, top))
+    last = _extreme(ops, ops.add("Where", ops.add("Greater", scores, below), scores, top), config, largest=0)
     is_above, is_last = ops.add("Greater", scores, last), ops.add("Equal", scores, last)
-    mass_above = ops.reduce("Sum", ops.add("Where", is_above, weights, 0.0))
+    mass_above = ops.sum(ops.add("Where", is_above, weights, 0.0))
     mass_before = ops.add("Add", mass_above, ops.add("Mul", weights, _count_before(ops, is_last, config)))
     is_in = ops.add("Or", is_above, ops.add("And", is_last, ops.add("Less", mass_before, wanted)))
 
@@ -109,7 +111,7 @@ def sampler_graph_from_config(config: ModelConfig) -> ir.Model:
     is_in = ops.add("And", is_in, ops.add("GreaterOrEqual", log_weights, ops.add("Log", option["min_p"])))
     drawn = ops.add("Where", is_in, ops.add("Add", log_weights, ops.inputs["noise"]), -math.inf)
     choice = ops.add("Where", is_sampled, drawn, scores)
-    token_ids = _lowest_id(ops, choice, ops.reduce("Max", choice), config.text.vocab_size)
+    token_ids = _lowest_id(ops, choice, _extreme(ops, choice, config), config)
 
     status = ops.add("Where", has_token, _STATUS_FINE, _STATUS_NO_TOKEN)
     status = ops.add("Where", has_logits, status, _STATUS_NO_LOGITS)
@@ -137,8 +139,12 @@ class _Operators:
     def add(self, op_type: str, *inputs: _Operand, **attributes: int) -> ir.Value:
         return self._tape.op(op_type, [self._value(each) for each in inputs], attributes)
 
-    def reduce(self, how: str, x: _Operand, axis: int = 1, *, keepdims: int = 1) -> ir.Value:
-        return self.add(f"Reduce{how}", x, _axis(axis), keepdims=keepdims)
+    def add_many(self, num_outputs: int, op_type: str, *inputs: _Operand, **attributes: int) -> Sequence[ir.Value]:
+        values = [self._value(each) for each in inputs]
+        return self._tape.op_multi_out(op_type, values, attributes, num_outputs=num_outputs)
+
+    def sum(self, x: _Operand, axis: int = 1, *, keepdims: int = 1) -> ir.Value:
+        return self.add("ReduceSum", x, _axis(axis), keepdims=keepdims)
 
     def _value(self, operand: _Operand) -> ir.Value:
         if isinstance(operand, ir.Value):
@@ -163,7 +169,9 @@ class _Operators:
             opset_imports={"": OPSET},
             name=name,
         )
-        return ir.Model(graph, ir_version=IR_VERSION, producer_name=PRODUCER)
+        model = ir.Model(graph, ir_version=IR_VERSION, producer_name=PRODUCER)
+        RemoveUnusedNodesPass()(model)  # the last score of each search that is kept
+        return model
 
 
 def _describe(value: ir.Value, name: str, shape: Shape) -> None:
@@ -174,31 +182,52 @@ def _axis(index: int) -> np.ndarray:
     return np.array([index])
 
 
+def _columns(ops: _Operators, x: ir.Value, num_columns: int) -> Sequence[ir.Value]:
+    """[R, C] -> C times [R, 1]."""
+    return ops.add_many(num_columns, "Split", x, np.ones(num_columns, dtype=np.int64), axis=1)
+
+
 def _one_axis(ops: _Operators, x: ir.Value) -> ir.Value:
     """[R, 1] -> [R]."""
     return ops.add("Squeeze", x, _axis(1))
 
 
+def _extreme(ops: _Operators, x: ir.Value, config: ModelConfig, *, largest: int = 1) -> ir.Value:
+    """The largest x [R, V] of each row, or the smallest: [R, 1]. For x without NaN.
+
+    ONNX Runtime's CUDA provider leaves ReduceMax and ReduceMin of several rows to cuDNN, where each takes milliseconds.
+    TopK is a kernel of its own: for one value of more than 4,096 a quick one, so that the blocks are no smaller than
+    that, and so many that one row occupies a GPU. Up to 256 values it fills up to a power of two with the number that
+    is lowest among the finite, so of minus infinity alone may make that number: `_is_finite` takes both for the same.
+    """
+    num_blocks = math.gcd(config.text.vocab_size, _MAX_BLOCKS)
+    for shape in [0, num_blocks, config.text.vocab_size // num_blocks], [0, num_blocks]:
+        x, _ = ops.add_many(2, "TopK", ops.add("Reshape", x, np.array(shape)), _axis(1), largest=largest)
+    return x
+
+
 def _is_finite(ops: _Operators, x: ir.Value) -> ir.Value:
-    return ops.add("Less", ops.add("Abs", x), math.inf)
+    """Whether a maximum is; the largest and the lowest float32 count as infinite, see `_extreme`."""
+    return ops.add("Less", ops.add("Abs", x), float(np.finfo(np.float32).max))
 
 
-def _peak(ops: _Operators, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
+def _peak(ops: _Operators, logits: ir.Value, config: ModelConfig) -> tuple[ir.Value, ir.Value]:
     """The largest logit [R, 1] and whether it is finite; infinite where a NaN is, which maxima need not give."""
-    peak = ops.reduce("Max", ops.add("Where", ops.add("Less", logits, math.inf), logits, math.inf))
+    peak = _extreme(ops, ops.add("Where", ops.add("Less", logits, math.inf), logits, math.inf), config)
     return peak, _is_finite(ops, peak)
 
 
-def _lowest_id(ops: _Operators, x: ir.Value, largest: ir.Value, vocab_size: int) -> ir.Value:
+def _lowest_id(ops: _Operators, x: ir.Value, largest: ir.Value, config: ModelConfig) -> ir.Value:
     """The lowest id of the largest x: [R, 1].
 
     ArgMax does not say which of several it gives. And as a compiler may compute x anew to compare it, fusing it
     differently, a value within rounding of the largest stands in where none is equal to it.
     """
+    vocab_size = config.text.vocab_size
     near = ops.add("Sub", largest, ops.add("Mul", ops.add("Add", ops.add("Abs", largest), 1.0), _ROUNDING))
     ids = _ids(ops, vocab_size)
     behind = ops.add("Where", ops.add("Greater", x, near), ops.add("Add", ids, vocab_size), 2.0 * vocab_size)
-    found = ops.reduce("Min", ops.add("Where", ops.add("Equal", x, largest), ids, behind))
+    found = _extreme(ops, ops.add("Where", ops.add("Equal", x, largest), ids, behind), config, largest=0)
     return ops.add("Mod", ops.add("Cast", found, to=ir.DataType.INT64), np.array(vocab_size))
 
 
@@ -220,9 +249,12 @@ def _penalised(ops: _Operators, logits: ir.Value, option: Mapping[str, ir.Value]
     return ops.add("Where", ops.add("Greater", bias, -math.inf), ops.add("Add", scores, bias), -math.inf)
 
 
-def _lowest_bound(ops: _Operators, scores: ir.Value, top: ir.Value, temperature: ir.Value) -> ir.Value:
+def _lowest_bound(
+    ops: _Operators, scores: ir.Value, top: ir.Value, temperature: ir.Value, config: ModelConfig
+) -> ir.Value:
     """A score below every finite one, or below those in reach: [R, 1]. Never far off, or the search would be coarse."""
-    least = ops.reduce("Min", ops.add("Where", ops.add("Greater", scores, -math.inf), scores, top))
+    finite = ops.add("Where", ops.add("Greater", scores, -math.inf), scores, top)
+    least = _extreme(ops, finite, config, largest=0)
     margin = ops.add("Mul", ops.add("Sub", top, least), 1 / 16)
     margin = ops.add("Max", margin, ops.add("Mul", ops.add("Abs", least), _ROUNDING), _TINY)  # where all are equal
     return ops.add("Max", ops.add("Sub", least, margin), ops.add("Sub", top, ops.add("Mul", temperature, _REACH)))
@@ -243,11 +275,11 @@ def _search(
     for _ in range(_NUM_PASSES):
         tried = ops.add("Add", below, ops.add("Mul", ops.add("Sub", kept, below), shares))  # [R, parts - 1]
         is_above = ops.add("Greater", scores, ops.add("Unsqueeze", tried, _axis(2)))
-        found = ops.reduce("Sum", ops.add("Where", is_above, amounts, 0.0), axis=2, keepdims=0)
+        found = ops.sum(ops.add("Where", is_above, amounts, 0.0), axis=2, keepdims=0)
         is_kept = ops.add("Less", found, limit)
         kept, below = (
-            ops.reduce("Min", ops.add("Where", is_kept, tried, kept)),
-            ops.reduce("Max", ops.add("Where", is_kept, below, tried)),
+            ops.add("Min", *_columns(ops, ops.add("Where", is_kept, tried, kept), _NUM_PARTS - 1)),
+            ops.add("Max", *_columns(ops, ops.add("Where", is_kept, below, tried), _NUM_PARTS - 1)),
         )
     return below
 
@@ -258,7 +290,7 @@ def _count_before(ops: _Operators, mask: ir.Value, config: ModelConfig) -> ir.Va
     width = next(size for size in range(math.isqrt(vocab_size - 1) + 1, vocab_size + 1) if vocab_size % size == 0)
     blocks = ops.add("Reshape", ops.add("Cast", mask, to=ir.DataType.FLOAT), np.array([0, vocab_size // width, width]))
     within = ops.add("CumSum", blocks, np.array(2), exclusive=1)
-    sums = ops.reduce("Sum", blocks, axis=2, keepdims=1)
+    sums = ops.sum(blocks, axis=2)
     return ops.add(
         "Reshape", ops.add("Add", within, ops.add("CumSum", sums, np.array(1), exclusive=1)), np.array([0, vocab_size])
     )
