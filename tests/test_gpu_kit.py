@@ -13,10 +13,13 @@ from gpu import fill, judge, mini, pack, unpack
 from gpu.forced import compared
 from gpu.probe import main as probe
 from gpu.record import Recorder
+from gpu.report import page
 from mllama_runtime import Engine
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.errors import BundleError
 from mllama_runtime.tensorfile import encode_header, read_header
+
+RESULTS = Path(__file__).parent / "gpu" / "results"
 
 
 def entry(kind: int, arch: int, code: bytes) -> bytes:
@@ -31,6 +34,24 @@ def test_only_one_kind_of_machine_code_is_kept_and_nothing_moves() -> None:
     before = bytes(data)
     assert pack.keep_machine_code(data, 90) == 24 + 16
     assert data == before.replace(b"old" * 8, bytes(24)).replace(b"ptx " * 4, bytes(16))
+
+
+@pytest.mark.parametrize(
+    "results", sorted(RESULTS.glob("*/*.jsonl")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_a_committed_page_is_what_its_results_say(results: Path) -> None:
+    rows = [json.loads(line) for line in results.read_text(encoding="utf-8").splitlines()]
+    committed = results.with_suffix(".md").read_text(encoding="utf-8")
+    title = committed.splitlines()[0].removeprefix("# ")
+    assert page(title, rows) + "\n" == committed
+    decoded = next(row for row in rows if row["case"] == "decode" and "ms" in row)
+    assert f"| {decoded['tokens_per_second']:.0f} |" in committed
+    assert page(title, [{**decoded, "tokens_per_second": 1e6}]) != page(title, [decoded])
+
+
+def test_a_fault_stands_on_the_page() -> None:
+    row = {"work": "speed", "bundle": "b", "case": "decode", "error": "EnvironmentFault: | the GPU failed"}
+    assert "| speed b | decode | EnvironmentFault: / the GPU failed |" in page("A title", [row])
 
 
 def test_parts_are_opened_and_joined(tmp_path: Path) -> None:

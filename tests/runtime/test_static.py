@@ -128,6 +128,17 @@ def test_steps_that_cannot_be_captured_run_as_they_are(
     assert "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED" in caplog.text
 
 
+def test_a_picture_s_encoding_is_captured_for_each_way_through_memory(bundle: Bundle, plain: Engine) -> None:
+    """Two blocks of pixels and three of keys and values; after two runs each way is recorded once."""
+    device, one_token = HostDevice(), SamplingParams(max_new_tokens=1)
+    with Engine(bundle, host_backend(bundle, limits=LIMITS, device=device)) as engine:
+        for seed in range(14):
+            found = engine.generate(ASK, images=[one_tile(seed)], sampling=one_token).token_ids
+            assert found == plain.generate(ASK, images=[one_tile(seed)], sampling=one_token).token_ids
+        assert device.num_captures == 2 * 3
+        assert device.runs.count("vision images") == 14
+
+
 def test_what_programs_allocate_by_themselves_is_measured(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each graph takes memory for activations in its first run, as ONNX Runtime does on a GPU."""
     device, activations = HostDevice(), 3 * 2**20

@@ -1,7 +1,7 @@
 """An NVIDIA GPU through CUDA's driver API: the first one that the driver shows, in its primary context.
 
 The calls of a step go straight to the driver's functions, with numbers for addresses: nothing is wrapped or allocated
-on the way. Never run on a GPU; the tests check its calls against the installed `cuda.bindings`, on a double.
+on the way. The tests check its calls against the installed `cuda.bindings`, on a double; `tests/gpu` on a GPU.
 
 Reference: https://docs.nvidia.com/cuda/cuda-driver-api/
 """
