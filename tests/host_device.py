@@ -107,6 +107,10 @@ class HostStream:
         self._device.num_captures += 1
         return HostGraph(self, recorded)
 
+    @property
+    def is_capturing(self) -> bool:
+        return self._recording is not None
+
     def put(self, work: Work, state: Callable[[], object] | None = None) -> None:
         """`state` is what must be the same whenever captured work is launched."""
         if self._recording is not None:
@@ -223,6 +227,7 @@ class HostSession:
         self._name, self._session, self._device = name, session, device
         self._bound: dict[str, Tensor] = {}
         self._done_with: dict[str, Tensor] = {}
+        self._has_run = False
 
     def bind(self, tensors: Mapping[str, Tensor]) -> None:
         for name, tensor in tensors.items():
@@ -231,8 +236,11 @@ class HostSession:
         self._bound = dict(tensors)
 
     def run(self, stream: Stream) -> None:
+        """What never ran cannot be captured: TensorRT takes on its shapes in a first run."""
         assert isinstance(stream, HostStream)
         bound = self._bound
+        assert self._has_run or not stream.is_capturing, "work is captured in its first run"
+        self._has_run = True
 
         def work() -> None:
             if bound is not self._done_with:

@@ -5,7 +5,7 @@ attentions (`ort_attention`):
 - GroupQueryAttention rotates queries and keys itself, and takes query, key and value as one product. It has no float32
   kernel: there the standard operators stay;
 - its longest length is that of the cache axis, which the host knows without asking the device;
-- a residual and the normalisation behind it become one operator;
+- a residual and the normalization behind it become one operator;
 - gates are constant, but ONNX Runtime folds no 16-bit Tanh at load: theirs is taken in float32.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md

@@ -1,4 +1,4 @@
-"""A residual and the normalisation behind it as one operator of ONNX Runtime's CUDA provider, which sums in float32.
+"""A residual and the normalization behind it as one operator of ONNX Runtime's CUDA provider, which sums in float32.
 
 Operators: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 """
@@ -17,7 +17,7 @@ _EPSILON = 1e-5  # ONNX's default
 
 
 def use_residual_norms(graph: ir.Graph) -> None:
-    """Rewrite every normalisation of [rows, tokens, width] whose input is a sum, in place; a bias joins in."""
+    """Rewrite every normalization of [rows, tokens, width] whose input is a sum, in place; a bias joins in."""
     for norm in [node for node in graph if node.op_type in _WITH_RESIDUAL]:
         residual = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if residual is None or residual.op_type != "Add" or not _is_of_a_layer(norm):

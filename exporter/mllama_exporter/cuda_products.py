@@ -5,7 +5,7 @@
   minute for 11B. FusedMatMul multiplies by the matrix as it lies.
 - Weight-only (int8-weight, int4): MatMulNBits (`ort_packed`), whose accuracy levels mean nothing here.
 - int8 with int8 activations: MatMulNBits over the same bytes. There is no kernel for the scheme that is faster than
-  float16; activations then are not rounded, which is nearer to the unquantised model than the scheme is.
+  float16; activations then are not rounded, which is nearer to the unquantized model than the scheme is.
 - fp8: MatMulBlockQuantizedFp8Weight, the exact scheme, activations rounded inside. It has no float32 form: there the
   operators of the standard graph stay.
 
@@ -25,7 +25,7 @@ from mllama_exporter.ort_packed import is_dequantized, put_product, quantized_pr
 
 
 def use_fused_products(graph: ir.Graph) -> None:
-    """Rewrite every product by a transposed weight that is not quantised, in place."""
+    """Rewrite every product by a transposed weight that is not quantized, in place."""
     for product in [node for node in graph if node.op_type == "MatMul"]:
         if (weight := _transposed_weight(product)) is None:
             continue
@@ -46,7 +46,7 @@ def _transposed_weight(product: ir.Node) -> ir.Value | None:
 
 
 def use_quantized_products(graph: ir.Graph, dtype: ir.DataType) -> None:
-    """Rewrite every product by a quantised weight, in place. dtype: of the graph's activations."""
+    """Rewrite every product by a quantized weight, in place. dtype: of the graph's activations."""
     for dequantize, product in quantized_products(graph):
         if dequantize.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN:  # type: ignore[union-attr]
             if dtype in LOW_PRECISION:
@@ -89,9 +89,7 @@ def one_product(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value 
     """
     products = [product for value in values if value is not None and (product := value.producer()) is not None]
     first = products[0]
-    if len(products) != len(values) or {(node.op_type, node.inputs[0]) for node in products} != {
-        (first.op_type, first.inputs[0])
-    }:
+    if len(products) != len(values) or len({_kind(node) for node in products}) != 1:
         return None
     build = Builder(graph, products[-1], f"{first.name}_and_{products[-1].name}")
     if first.op_type == "MatMulNBits":
@@ -104,6 +102,14 @@ def one_product(graph: ir.Graph, values: Sequence[ir.Value | None]) -> ir.Value 
         return None
     matrix = _whole(graph, weights) or build.add("Concat", [*weights], {"axis": 0})
     return build.add("FusedMatMul", [first.inputs[0], matrix], {"transB": 1}, domain=CONTRIB)
+
+
+def _kind(product: ir.Node) -> tuple[object, ...]:
+    """What products must have in common to be joined: the operator, its settings but for N, and what is multiplied."""
+    settings = sorted(
+        (name, each.as_int()) for name, each in product.attributes.items() if name in ("bits", "block_size")
+    )
+    return product.op_type, product.inputs[0], *settings
 
 
 def _whole(graph: ir.Graph, weights: Sequence[ir.Value]) -> ir.Value | None:

@@ -4,7 +4,7 @@
   from padding rows. Heads widened by a few columns do the same: there, padding rows hold c in queries and -c in keys,
   and all else is zero. The scores of such pairs fall so far that their weights are zero, and no other score changes.
 - Patches are embedded by a matrix product: a convolution would try out every algorithm on the first picture.
-- Products take matrices as they lie in the weights file, quantised ones too (`cuda_products`).
+- Products take matrices as they lie in the weights file, quantized ones too (`cuda_products`).
 
 Dimensions as in `modules.vision`: I images, T tiles, P patches, Q rows of a tile, V hidden size, H heads, D head_dim.
 """

@@ -1,4 +1,4 @@
-"""Products by quantised matrices, in ONNX Runtime's own CPU kernels; a step of making the twin (`ort_graphs`).
+"""Products by quantized matrices, in ONNX Runtime's own CPU kernels; a step of making the twin (`ort_graphs`).
 
 - Weight-only (int8-weight, int4): MatMulNBits (`ort_packed`).
 - int8 with int8 activations: MatMulInteger, the exact arithmetic of the scheme, instead of products in float32. Both
@@ -23,7 +23,7 @@ _ACCURACY_LEVEL = 4
 
 
 def use_quantized_kernels(graph: ir.Graph) -> None:
-    """Rewrite every product by a dequantised matrix, in place."""
+    """Rewrite every product by a dequantized matrix, in place."""
     for node, product in quantized_products(graph):
         if node.inputs[0].dtype == ir.DataType.FLOAT8E4M3FN:  # type: ignore[union-attr]
             _spread(graph, node)

@@ -1,4 +1,4 @@
-"""Products by weight-only quantised matrices in ONNX Runtime's MatMulNBits, for the CPU and for CUDA.
+"""Products by weight-only quantized matrices in ONNX Runtime's MatMulNBits, for the CPU and for CUDA.
 
 It reads the packed weights as they are. It wants them unsigned with zero in the middle; flipping the top bit of each
 does that, and is folded at load.

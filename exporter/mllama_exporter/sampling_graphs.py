@@ -196,9 +196,10 @@ def _extreme(ops: _Operators, x: ir.Value, config: ModelConfig, *, largest: int 
     """The largest x [R, V] of each row, or the smallest: [R, 1]. For x without NaN.
 
     ONNX Runtime's CUDA provider leaves ReduceMax and ReduceMin of several rows to cuDNN, where each takes milliseconds.
-    TopK is a kernel of its own: for one value of more than 4,096 a quick one, so that the blocks are no smaller than
-    that, and so many that one row occupies a GPU. Up to 256 values it fills up to a power of two with the number that
-    is lowest among the finite, so of minus infinity alone may make that number: `_is_finite` takes both for the same.
+    TopK is a kernel of its own: for one value of more than 4,096 a quick one, so the blocks of Llama's vocabulary are
+    larger than that, and so many that one row occupies a GPU. Up to 256 values it fills up to a power of two with the
+    number that is lowest among the finite, so of minus infinity alone may make that number: `_is_finite` takes both for
+    the same.
     """
     num_blocks = math.gcd(config.text.vocab_size, _MAX_BLOCKS)
     for shape in [0, num_blocks, config.text.vocab_size // num_blocks], [0, num_blocks]:

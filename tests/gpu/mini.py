@@ -89,7 +89,7 @@ def check(bundle: Path, expected: Arrays, record: Recorder, backend_name: str = 
                     record.try_(f"{way}, batch {batch}, {name}", work)
             if captured:
                 record.try_("teacher-forced logits", partial(_logits, engine, backend, expected))
-                record.add("captured steps", steps=captured_steps(backend))
+                record.try_("captured steps", partial(_some_captured, backend))
     record.try_("captured or not, together or alone", partial(_consistency, given))
 
 
@@ -152,15 +152,15 @@ def _forced(engine: Engine, backend: Backend, request: Request, answer: Sequence
 def without_capture(backend: Backend) -> bool:
     """Let an entered back end run every step call by call; False where it captures nothing anyway."""
     slots: Any = backend.slots(num_slots=1, cache_len=1, num_tiles=1)
-    if not getattr(slots, "_recorded", None):
+    if not getattr(slots, "_captured", None):
         return False
-    slots._recorded._can_record = False
-    slots._recorded._captured.clear()
+    slots._captured._can_capture = False
+    slots._captured._captured.clear()
     return True
 
 
 def captured_steps(backend: Backend) -> str:
     """Which steps are captured by now, and which are not."""
     slots: Any = backend.slots(num_slots=1, cache_len=1, num_tiles=1)
-    steps = slots._recorded._captured if hasattr(slots, "_recorded") else {}
+    steps = slots._captured._captured if hasattr(slots, "_captured") else {}
     return " ".join(f"{'x'.join(map(str, key))}:{type(made).__name__}" for key, made in steps.items())

@@ -86,13 +86,13 @@ for stage in "$@"; do
   3) unpack eight && eight ;;
   4) unpack full && full fp16 23 ;;
   5)
-    unpack full
+    unpack eight full
     full int4 9 load,memory,decode,ttft,profile
     full fp8 14 load,memory,decode,ttft
     eight_bf16
     full int8-weight 14 load,memory,decode
     ;;
-  bf16) eight_bf16 ;;
+  bf16) unpack eight && eight_bf16 ;;
   mini-*) mini "${stage#mini-}" ;;
   *) echo "silicon.sh: no such stage: $stage" >&2; exit 2 ;;
   esac

@@ -54,8 +54,15 @@ def test_limits_are_for_cuda_alone(bundle: Bundle) -> None:
         backend_from_bundle(bundle, "cpu", 1, limits=Limits(1, 64, 16, 4))
     model = bundle.manifest.model
     longest = model.text.max_seq_len
-    with pytest.raises(UsageError, match=f"max_seq_len: too many tokens: expected at most {longest}, as the model"):
-        backend_from_bundle(bundle, "cuda", 1, limits=Limits(1, longest + 1, 16, 4))
+    for limits, message in (
+        (Limits(0, 64, 16, 4), "max_batch: not a limit for this model: expected at least 1, found 0"),
+        (Limits(1, longest + 1, 16, 4), f"max_seq_len: .* expected 1 to {longest}, found {longest + 1}"),
+        (Limits(1, 64, 65, 4), "prefill_chunk: .* expected 1 to max_seq_len, found 65"),
+        (Limits(1, 64, 16, 0), "max_tiles: .* expected a multiple of 4, the tiles of one picture .*, found 0"),
+        (Limits(1, 64, 16, 6), "max_tiles: .* found 6"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            backend_from_bundle(bundle, "cuda", 1, limits=limits)
     limits = default_limits(model)
     assert (limits.max_batch, limits.max_seq_len) == (4, min(8192, model.text.max_seq_len))
     assert limits.max_tiles == model.vision.max_num_tiles

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import _ctypes
+import ctypes
 import importlib.util
 import shutil
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-from mllama_runtime.device import cuda_libraries
 from mllama_runtime.device.cuda_libraries import load_cuda_libraries
 from mllama_runtime.errors import EnvironmentFault
 
@@ -22,8 +22,14 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     spec = ModuleSpec("nvidia", None, is_package=True)
     spec.submodule_search_locations = [str(tmp_path / "nvidia")]
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "nvidia" else None)
-    opens = cuda_libraries._opens
-    monkeypatch.setattr(cuda_libraries, "_opens", lambda library: "/" in library and opens(library))
+    load = ctypes.CDLL
+
+    def loaded(library: str) -> object:
+        if "/" in library:
+            return load(library)
+        raise OSError(f"{library}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", loaded)
     return tmp_path / "nvidia"
 
 
@@ -44,15 +50,15 @@ def test_libraries_of_packages_are_loaded(packages: Path) -> None:
 def test_all_that_are_missing_are_named(packages: Path) -> None:
     for name in NAMES[:3]:
         put(packages, name, "cu13")
-    expected = r"expected CUDA 13 with cuDNN 9, found no libcurand\.so\.10, libcudnn\.so\.9; run: pip install"
+    expected = r"CUDA 13 with cuDNN 9, found libcurand\.so\.10 \(.*cannot open.*\), libcudnn\.so\.9 \(.*\); run: pip"
     with pytest.raises(EnvironmentFault, match=expected) as caught:
         load_cuda_libraries()
     assert caught.value.exit_code == 4
 
 
-def test_a_file_that_is_no_library_counts_as_missing(packages: Path) -> None:
+def test_a_file_that_is_no_library_is_told_as_the_loader_does(packages: Path) -> None:
     for name in NAMES:
         put(packages, name, "cu13")
     (packages / "cu13" / "lib" / NAMES[-1]).write_bytes(b"truncated")
-    with pytest.raises(EnvironmentFault, match=r"found no libcudnn\.so\.9"):
+    with pytest.raises(EnvironmentFault, match=r"found libcudnn\.so\.9 \(.*file too short\)"):
         load_cuda_libraries()

@@ -26,16 +26,16 @@ class NoiseAhead:
         self._threads = ThreadPoolExecutor(min(num_slots, _MAX_THREADS, len(os.sched_getaffinity(0))), "noise")
 
     def write(self, out: NDArray[np.float32], slot: int, sampler: Sampler, step: int) -> None:
-        """The noise of this step [vocab]: made ahead, or else now."""
-        drawn = self._drawn[slot]
+        """Write the noise of this step [vocab]: made ahead, or else now."""
+        drawn, self._drawn[slot] = self._drawn[slot], None
         if drawn is not None:
             drawn[2].result()
-        if drawn is not None and drawn[:2] == (sampler.seed, step):
-            out[:] = self._rows[slot]
-        else:
-            write_gumbel_noise(out, sampler.seed, step)
+            if drawn[:2] == (sampler.seed, step):
+                out[:] = self._rows[slot]
+                return
+        write_gumbel_noise(out, sampler.seed, step)
 
     def draw(self, slot: int, sampler: Sampler, step: int) -> None:
-        """Begin with that of a later step."""
+        """Start drawing a later step's noise."""
         future = self._threads.submit(write_gumbel_noise, self._rows[slot], sampler.seed, step)
         self._drawn[slot] = sampler.seed, step, future

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime.backends.blocks import Block
-from mllama_runtime.backends.recorded import Recorded
+from mllama_runtime.backends.captured import WARM_UP_RUNS, CapturedWork
 from mllama_runtime.device import Event, Session, Stream, Tensor
 from mllama_runtime.errors import UsageError
 from mllama_runtime.preprocessing import ImageTiles
@@ -49,14 +49,14 @@ class Pictures:
     def __init__(
         self,
         vision: Callable[[], Session],
-        recorded: Recorded,
+        captured: CapturedWork,
         pixels: Sequence[Block],
         pictures: Sequence[Block],
         compute: Stream,
         copies: Stream,
         events: Sequence[Event],
     ) -> None:
-        self._vision, self._recorded, self._sessions = vision, recorded, dict[tuple[int, int], Session]()
+        self._vision, self._captured, self._sessions = vision, captured, dict[tuple[int, int], Session]()
         self._pixels, self._compute, self._copies = pixels, compute, copies
         self._blocks, self._free = pictures, list(range(len(pictures)))
         self._kept: OrderedDict[str, int] = OrderedDict()  # key -> block, the latest used last
@@ -78,12 +78,16 @@ class Pictures:
         return self._kept.pop(oldest)
 
     def warm_up(self, tiles: ImageTiles) -> None:
-        """Encode into every place from every other, until each way is recorded; then remember no picture."""
-        for index in (0, *range(len(self._blocks))):
-            for _ in self._pixels:
+        """Encode into every block from every other, until each way is captured; then remember no picture."""
+        for index in range(len(self._blocks)):
+            for _ in range((WARM_UP_RUNS + 1) * len(self._pixels)):
                 self._encode(tiles, index)
         self._free += self._kept.values()
         self._kept.clear()
+
+    def close(self) -> None:
+        """Let go of every session."""
+        self._sessions.clear()
 
     def _encode(self, tiles: ImageTiles, index: int) -> None:
         self._turn = (self._turn + 1) % len(self._pixels)
@@ -100,5 +104,5 @@ class Pictures:
         if session is None:
             session = self._sessions[key] = self._vision()
             session.bind({**pixels.tensors, **self._blocks[index].tensors})
-        self._recorded.run(("picture", *key), "picture", partial(session.run, self._compute))
+        self._captured.run(("picture", *key), partial(session.run, self._compute))
         self._compute.record(has_read)

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from mllama_runtime.backends import Chunk, Features
 from mllama_runtime.backends.blocks import Array, Block
+from mllama_runtime.backends.captured import CapturedWork
 from mllama_runtime.backends.pictures import Pictures, StaticFeatures
-from mllama_runtime.backends.recorded import Recorded
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.contract import MAX_LOGITS
 from mllama_runtime.device import Device, GraphName, ProfileName, Program, Session, Stream, Tensor
@@ -34,7 +34,7 @@ class Loaded:
     device: Device
     compute: Stream
     copies: Stream
-    programs: Mapping[GraphName, Program]
+    programs: dict[GraphName, Program]
     blocks: Mapping[str, Block]
     workspace: int
     plan: MemoryPlan
@@ -55,11 +55,11 @@ class StaticSlots:
         self._model, self._compute, self._blocks = model, loaded.compute, loaded.blocks
         dtype = next(iter(self._blocks["cache"].tensors.values())).dtype
         self._tile_bytes = tensor_bytes((model.vision.num_patches, model.text.head_dim), dtype)
-        can_record = all(program.capturable for program in loaded.programs.values())
-        self._recorded = Recorded(loaded.compute, can_record=can_record)
+        can_capture = all(program.capturable for program in loaded.programs.values())
+        self._captured = CapturedWork(loaded.compute, can_capture=can_capture)
         self._pictures = Pictures(
             lambda: loaded.session("vision", "images"),
-            self._recorded,
+            self._captured,
             [block for name, block in self._blocks.items() if name.startswith("pixels_")],
             [block for name, block in self._blocks.items() if name.startswith("picture_")],
             loaded.compute,
@@ -154,6 +154,12 @@ class StaticSlots:
                     source_pitch=per_head,
                 )
             start += feature.num_tiles * self._tile_bytes
+
+    def close(self) -> None:
+        """Let go of everything that holds on to programs, whoever still holds this."""
+        self._prompts.clear()
+        self._sessions.clear()
+        self._pictures.close()
 
     def leave(self, slot: int) -> None:
         """Forget a slot's request; its memory is there for the next."""
@@ -257,7 +263,7 @@ class StaticSlots:
             session.run(self._compute)
             then()
 
-        self._recorded.run(key, key, work)
+        self._captured.run(key, work)
 
     def _decode_session(self, batch: int, num_tiles: int) -> Session:
         """Its addresses never change: a session for each batch size and number of tiles, 0 for text alone."""
@@ -301,12 +307,12 @@ class StaticSlots:
 
         tiles: a picture, which stands for as many as a request may have; None for a text-only model.
         """
-        chunk = np.zeros(self.limits.prefill_chunk, np.int64)
+        chunk = np.zeros(min(self.limits.prefill_chunk, self.limits.max_seq_len), np.int64)
         pictures = []
         if tiles is not None:
             pictures = [
                 StaticFeatures(f"largest {index}", tiles.num_tiles, tiles, WeakMethod(self.picture_arrays))
-                for index in range(self.limits.max_tiles // tiles.num_tiles)
+                for index in range(self.limits.max_tiles // self._model.vision.max_num_tiles)
             ]
         for features in (pictures, []) if pictures else ([],):
             visibility = np.ones((len(chunk), sum(each.num_tiles for each in features)), np.bool_)

@@ -57,18 +57,22 @@ class StaticBackend:
         self._device = self._open_device()
         try:
             self._loaded = self._load(self._device)
-            slots = StaticSlots(self._loaded, self._bundle.manifest.model, self.limits)
-            self._memory = self._measured(self._loaded, slots)
+            self._slots = StaticSlots(self._loaded, self._bundle.manifest.model, self.limits)
+            self._memory = self._measured(self._loaded, self._slots)
         except BaseException:
             self.__exit__(None, None, None)
             raise
-        self._slots = slots
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        device, self._device, self._loaded, self._slots = self._device, None, None, None
+        device, loaded, slots = self._device, self._loaded, self._slots
+        self._device = self._loaded = self._slots = None
+        if slots is not None:
+            slots.close()
+        if loaded is not None:  # programs keep their weights, and an error's traceback would keep programs
+            loaded.programs.clear()
         if device is not None:
             device.close()
 
@@ -90,7 +94,9 @@ class StaticBackend:
             left = [graph for graph in graphs if graph not in programs]
             beside = f", and the weights of {' and '.join(left)}" if left else ""
             found = f"{gigabytes(total)}, {gigabytes(free)} of them free before loading ({fault})"
-            raise _not_enough(device, f"{self._plan(programs)}{beside}", found) from fault
+            expected = f"{self._plan(programs)}{beside}"
+            programs.clear()
+            raise self._not_enough(device, expected, found) from fault
         return Loaded(device, compute, copies, programs, blocks, workspace, plan)
 
     def _measured(self, loaded: Loaded, slots: StaticSlots) -> MemoryPlan:
@@ -102,7 +108,7 @@ class StaticBackend:
             DeviceTokens(slots).run_at_limits(None if model.is_text_only else blank_tiles(model.vision))
         except ResourceError as fault:
             expected = f"{loaded.plan}, and activations of the largest prompt and step"
-            raise _not_enough(loaded.device, expected, str(fault)) from fault
+            raise self._not_enough(loaded.device, expected, str(fault)) from fault
         taken = max(0, free - loaded.device.memory()[0])
         return replace(loaded.plan, workspace_bytes=loaded.plan.workspace_bytes + taken)
 
@@ -118,6 +124,15 @@ class StaticBackend:
             weights_bytes=sum(program.weights_bytes for program in programs.values()),
             workspace_bytes=max((program.workspace_bytes or 0 for program in programs.values()), default=0),
         )
+
+    def _not_enough(self, device: Device, expected: str, found: str) -> ResourceError:
+        smaller = (
+            "open it with smaller limits"
+            if self.name == "cuda"
+            else "build with a smaller --max-batch or --max-seq-len"
+        )
+        hint = f"{smaller}, or in a smaller precision"
+        return ResourceError("not enough memory", where=device.name, expected=expected, found=found, hint=hint)
 
     def memory(self) -> MemoryPlan:
         """Every byte this back end has taken."""
@@ -157,8 +172,3 @@ class StaticBackend:
         if self._slots is None:
             raise UsageError("the engine is closed", hint="use it inside its `with` block")
         return self._slots
-
-
-def _not_enough(device: Device, expected: str, found: str) -> ResourceError:
-    hint = "build with a smaller --max-batch or --max-seq-len, or in a smaller precision"
-    return ResourceError("not enough memory", where=device.name, expected=expected, found=found, hint=hint)

@@ -117,8 +117,10 @@ class CudaStream:
         device.call(cu.cuStreamBeginCapture, self._stream, mode)
         try:
             work()
-        except BaseException:
-            cu.cuStreamEndCapture(self._stream)  # what failed is what `work` raised; the stream must be usable again
+        except BaseException:  # what failed is what `work` raised; the stream must be usable again
+            error, broken = cu.cuStreamEndCapture(self._stream)
+            if not error:
+                cu.cuGraphDestroy(broken)
             raise
         graph = device.call(cu.cuStreamEndCapture, self._stream)
         try:

@@ -20,7 +20,7 @@ from mllama_runtime.errors import BundleError, EnvironmentFault, ResourceError, 
 from mllama_runtime.manifest import DType, GraphKey
 
 _LOG_FATAL_ONLY = 4  # what fails is raised, and said once
-_OUT_OF_MEMORY = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory")
+_OUT_OF_MEMORY = ("Failed to allocate", "bad allocation", "bad_alloc", "out of memory", "ALLOC_FAILED")
 _DTYPES: Mapping[str, DType] = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -49,8 +49,8 @@ _FLASH_ATTENTION = "1"
 class Provider:
     """Where ONNX Runtime computes.
 
-    name: ONNX Runtime's. device: its name in bindings. graphs: keys of those with a twin of their own. options: of the
-    provider, by graph. capturable: whether a device's stream can record its runs.
+    name: ONNX Runtime's. device: its name in bindings. graphs: keys of those with a twin of their own. options: of
+    every graph's session; the decoder's are on top. capturable: whether a stream can capture its runs.
     """
 
     name: str
@@ -122,7 +122,9 @@ def ort_programs(bundle: Bundle, provider: Provider, device: Device) -> ProgramL
 
 
 def _check_placement(session: ort.InferenceSession, provider: Provider, path: Path) -> None:
-    """A graph that computes beside the device would copy its tensors to and fro, or see old ones.
+    """Refuse a graph that computes beside the device, which would copy its tensors back and forth, or see old ones.
+
+    What this cannot see is arithmetic of shapes that reads a tensor of the device: the exporter makes no such graph.
 
     Raises:
         EnvironmentFault: the provider itself could not be used.
@@ -191,7 +193,7 @@ class _OrtSession:
             self._session.run_with_iobinding(self._binding, self._options)
         except Exception as fault:  # ONNX Runtime raises its own types, which share no base class
             if _is_memory(fault):
-                hint = "use fewer rows or a shorter prompt"
+                hint = "open it with smaller limits"
                 raise ResourceError("not enough memory for a step", found=fault, hint=hint) from fault
             raise EnvironmentFault("ONNX Runtime failed", found=fault, hint="open the engine again") from fault
 
