@@ -1,4 +1,4 @@
-"""The kit for a sitting at a GPU (tests/gpu), as far as it runs without one: what it brings, fills, and tells."""
+"""The kit for a session at a GPU (tests/gpu), as far as it runs without one: what it brings, fills, and tells."""
 
 from __future__ import annotations
 

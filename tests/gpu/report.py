@@ -1,4 +1,4 @@
-"""One Markdown page of a sitting: `python -m gpu.report TITLE RESULTS.jsonl... > page.md`.
+"""One Markdown page of a session: `python -m gpu.report TITLE RESULTS.jsonl... > page.md`.
 
 What stands in a later file comes later in the page's tables; a case that failed is told, not left out.
 """

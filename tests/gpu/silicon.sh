@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stages of a sitting at a machine with a GPU, without network or installed packages of ours: silicon.sh STAGE...
+# The stages of a session at a machine with a GPU, without network or installed packages of ours: silicon.sh STAGE...
 #
 # What `gpu.pack` made lies in PARTS; what is unpacked and filled stays in STORE for the next call. Results are lines of
 # OUT/results.jsonl. A step that fails or takes too long is told, and the next one begins.

@@ -10,7 +10,7 @@ import pytest
 from host_device import HostDevice
 from mllama_runtime.backends.private_ort import ort
 from mllama_runtime.bundle import Bundle
-from mllama_runtime.device.ort import Provider, ort_programs
+from mllama_runtime.device.ort import Provider, cuda_provider, ort_programs
 from mllama_runtime.errors import BundleError, EnvironmentFault
 
 CUDA = "CUDAExecutionProvider"
@@ -60,3 +60,12 @@ def test_what_computes_beside_the_device(
         return
     with pytest.raises(BundleError, match=f"as a whole: found no {CUDA} kernel for Pad; export the bundle again"):
         load("greedy")
+
+
+def test_the_gpu_s_sessions_work_in_our_stream_in_full_precision_and_prompts_in_flash_attention() -> None:
+    provider = cuda_provider(SimpleNamespace(handle=4711))
+    for graph in ("vision", "decoder", "greedy", "sampler"):
+        (name, options), beside = provider.session_providers(graph)
+        assert (name, beside) == (CUDA, "CPUExecutionProvider")
+        assert (options["user_compute_stream"], options["use_tf32"]) == ("4711", "0")
+        assert options.get("sdpa_kernel") == ("1" if graph == "decoder" else None)  # vision: cuDNN's, which is faster
