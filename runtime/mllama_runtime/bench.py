@@ -21,7 +21,7 @@ from mllama_runtime.bundle import Bundle
 from mllama_runtime.config import ModelConfig
 from mllama_runtime.engine_record import Limits
 from mllama_runtime.errors import UsageError
-from mllama_runtime.preprocessing import ImageTiles
+from mllama_runtime.preprocessing import ImageTiles, blank_tiles
 from mllama_runtime.roofline import decode_bytes
 from mllama_runtime.sampling import Sampler, SamplingParams
 from mllama_runtime.tokens import Pending
@@ -207,18 +207,13 @@ def sample_tiles(model: ModelConfig, num_tiles: int | None = None) -> ImageTiles
         UsageError: no canvas has so many.
     """
     vision, number = model.vision, num_tiles or model.vision.max_num_tiles
-    shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
     sizes = [high * wide for high, wide in vision.supported_aspect_ratios]
     if number not in sizes:
         expected = " or ".join(map(str, sorted(set(sizes))))
         raise UsageError("no picture has so many tiles", where="tiles", expected=expected, found=number)
-    return ImageTiles(
-        pixel_values=np.random.default_rng(0).standard_normal(shape, np.float32),
-        aspect_ratio_id=sizes.index(number) + 1,
-        aspect_ratio_mask=(np.arange(vision.max_num_tiles) < number).astype(np.int64),
-        num_tiles=number,
-        key="sample",
-    )
+    blank = blank_tiles(vision, number)
+    noise = np.random.default_rng(0).standard_normal(blank.pixel_values.shape, np.float32)
+    return replace(blank, pixel_values=noise, key="sample")
 
 
 def _median_seconds(work: Callable[[], object], repeats: int) -> float:

@@ -103,15 +103,16 @@ class ImageTiles:
     key: str  # from image_key
 
 
-def blank_tiles(vision: VisionConfig) -> ImageTiles:
-    """A picture with nothing on it, on a canvas of the most tiles."""
+def blank_tiles(vision: VisionConfig, num_tiles: int | None = None) -> ImageTiles:
+    """Make a picture with nothing on it, on a canvas of so many tiles, by default the most."""
     sizes = [high * wide for high, wide in vision.supported_aspect_ratios]
+    number = num_tiles or max(sizes)
     shape = (vision.max_num_tiles, vision.num_channels, vision.image_size, vision.image_size)
     return ImageTiles(
         pixel_values=np.zeros(shape, np.float32),
-        aspect_ratio_id=sizes.index(max(sizes)) + 1,
-        aspect_ratio_mask=(np.arange(vision.max_num_tiles) < max(sizes)).astype(np.int64),
-        num_tiles=max(sizes),
+        aspect_ratio_id=sizes.index(number) + 1,
+        aspect_ratio_mask=(np.arange(vision.max_num_tiles) < number).astype(np.int64),
+        num_tiles=number,
         key="blank",
     )
 
