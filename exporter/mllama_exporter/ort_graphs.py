@@ -3,7 +3,7 @@
 Rewrites, each for a measured reason (design: the graphs):
 - a low-precision graph computes in float32 from its low-precision weights: the provider has no bfloat16 kernels, and
   inserts casts around most float16 ones. It folds the casts at load, so a session takes the memory of float32 weights;
-- products by quantised matrices become the provider's own kernels (`ort_kernels`);
+- products by quantized matrices become the provider's own kernels (`ort_kernels`);
 - attentions become what is fast there (`ort_attention`).
 """
 

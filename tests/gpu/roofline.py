@@ -8,9 +8,9 @@ from statistics import median
 from typing import Any
 
 from gpu.runner import Context, Row, Step
+from gpu.speed import device_copy_rate
 from mllama_runtime.device.cuda import open_cuda_device
 
-_COPY_BYTES = 2 * 2**30  # far beyond any cache
 _SIZE = 8192  # of the square matrices
 _REPEATS = 20
 
@@ -55,8 +55,7 @@ def _copy() -> float:
     """Bytes a second, read and written."""
     device = open_cuda_device()
     try:
-        stream, source, target = device.stream(), device.allocate(_COPY_BYTES), device.allocate(_COPY_BYTES)
-        return 2 * _COPY_BYTES / _seconds(lambda: stream.copy(target, source, _COPY_BYTES), stream.synchronize)
+        return device_copy_rate(device)
     finally:
         device.close()
 

@@ -22,9 +22,10 @@ from mllama_runtime.bench import DecodeCase, Decoding, first_token_seconds, samp
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.device.cuda import CudaDevice, open_cuda_device
 from mllama_runtime.engine_record import Limits
+from mllama_runtime.errors import EnvironmentFault
 from mllama_runtime.roofline import decode_bytes, first_token_flops, vision_flops
 
-_COPY_BYTES = 2 * 2**30
+_COPY_BYTES = 2 * 2**30  # far beyond any cache
 _WARM_UP = 6  # steps: two run, one is captured
 _NUM_BEFORE = 5  # tokens before a picture
 WORKS = ("load", "memory", "decode", "sampler", "ttft", "vision", "profile")
@@ -65,7 +66,7 @@ CASES = {
 def measure(path: Path, works: Sequence[str], cases: Cases, record: Recorder, *, capture: bool = True) -> None:
     """Open the bundle once and do the works in order; a work that fails leaves its error and the next begins."""
     copying = open_cuda_device()
-    rate = copy_rate(copying)
+    rate = device_copy_rate(copying)
     copying.close()
     device, bundle = open_cuda_device(), Bundle.open(path)
     try:
@@ -101,7 +102,7 @@ def too_large(path: Path, record: Recorder) -> None:
         record.try_(f"open with {max_batch} slots", opened)
 
 
-def copy_rate(device: CudaDevice) -> float:
+def device_copy_rate(device: CudaDevice) -> float:
     """Bytes a second, read and written, of a large copy on the device."""
     stream = device.stream()
     source, target = device.allocate(_COPY_BYTES), device.allocate(_COPY_BYTES)
@@ -349,7 +350,7 @@ class _Stopwatch:
         self._device, self._stream, self._events = device, stream, list[Any]()
         try:
             self._events = [device.call(device.cu.cuEventCreate, 0) for _ in range(2)]
-        except Exception:
+        except (EnvironmentFault, RuntimeError):  # a driver that lacks a function raises RuntimeError
             self._events = []
 
     def start(self) -> None:
@@ -362,7 +363,7 @@ class _Stopwatch:
         try:
             self._device.call(self._device.cu.cuEventSynchronize, self._events[1])
             return float(self._device.call(self._device.cu.cuEventElapsedTime, *self._events))
-        except Exception:
+        except (EnvironmentFault, RuntimeError):
             return None
 
     def _record(self, index: int) -> None:
@@ -371,14 +372,16 @@ class _Stopwatch:
 
 
 def clock() -> int | None:
-    """The GPU's clock at this moment, in MHz."""
+    """The GPU's clock at this moment, in MHz; None where NVIDIA's management library does not tell."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByIndex(0)
         return int(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM))
-    except Exception:
+    except pynvml.NVMLError:
         return None
 
 
