@@ -55,16 +55,18 @@ def questions_of(shared: Path) -> Callable[[str, int], Path]:
 
 @pytest.fixture(scope="session")
 def bundle_of(shared: Path, questions_of: Callable[[str, int], Path]) -> BundleOf:
-    """`bundle_of(precision, mask_semantics)`: the miniature's bundle, shared by the run; copy it to damage it.
+    """`bundle_of(precision, mask_semantics, vision, vision_states)`: the miniature's bundle; copy it to damage it.
+
+    It is made once a run.
 
     Quantised precisions are made from the FP16 bundle; with `vision` its vision graph is quantised too.
     """
 
-    def make(precision: str, mask_semantics: str, vision: str | None, output: Path) -> None:
+    def make(precision: str, mask_semantics: str, vision: str | None, vision_states: str, output: Path) -> None:
         from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 
         if precision in get_args(BasePrecision):
-            options = ExportOptions(precision=precision, mask_semantics=mask_semantics)  # type: ignore[arg-type]
+            options = ExportOptions(precision, mask_semantics, vision_states)  # type: ignore[arg-type]
             bundle_from_checkpoint(MINIATURE, output, options)
             return
         from mllama_exporter.quantize import QuantizeOptions, calibration_samples, quantized_bundle_from_bundle
@@ -74,12 +76,17 @@ def bundle_of(shared: Path, questions_of: Callable[[str, int], Path]) -> BundleO
         samples = calibration_samples(questions_of("calibration", 128)) if needs_data else None
         quantized_bundle_from_bundle(source, output, QuantizeOptions(precision, vision), samples)  # type: ignore[arg-type]
 
-    def bundle_of(precision: str = "fp32", mask_semantics: str = "hf", vision: str | None = None) -> Path:
-        output = shared / "bundles" / "-".join(filter(None, (precision, mask_semantics, vision)))
+    def bundle_of(
+        precision: str = "fp32",
+        mask_semantics: str = "hf",
+        vision: str | None = None,
+        vision_states: str = "published",
+    ) -> Path:
+        output = shared / "bundles" / "-".join(filter(None, (precision, mask_semantics, vision, vision_states)))
         output.parent.mkdir(exist_ok=True)
         with FileLock(output.with_suffix(".lock")):
             if not output.exists():
-                make(precision, mask_semantics, vision, output)
+                make(precision, mask_semantics, vision, vision_states, output)
         return output
 
     return bundle_of

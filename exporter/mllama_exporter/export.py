@@ -17,7 +17,7 @@ import torch
 from mllama_runtime import __version__
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.bundle_writer import BundleWriter
-from mllama_runtime.config import MaskSemantics, ModelConfig
+from mllama_runtime.config import MaskSemantics, ModelConfig, VisionStates
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import parse, printable, to_plain
 from mllama_runtime.manifest import DType, GraphKey, GraphSpec, Manifest, Source, TensorSpec, WeightStats
@@ -61,6 +61,7 @@ class ExportOptions:
 
     precision: ExportPrecision = "fp32"
     mask_semantics: MaskSemantics = "hf"
+    vision_states: VisionStates = "published"
     num_layers: int | None = None
     clamp: bool = False
     text_only: bool = False
@@ -191,7 +192,7 @@ def _traced(config: ModelConfig, options: ExportOptions, progress: Progress) -> 
     progress("tracing", 0, 2)
     graphs: dict[GraphKey, ir.Model] = {}
     if not config.is_text_only:
-        graphs["vision"] = vision_graph_from_config(config, dtype)
+        graphs["vision"] = vision_graph_from_config(config, dtype, options.vision_states)
     progress("tracing", 1, 2)
     graphs["decoder"] = decoder_graph_from_config(config, dtype, options.mask_semantics)
     progress("tracing", 2, 2)
@@ -257,6 +258,7 @@ def _manifest(
         name=printable(checkpoint.text_folder.resolve().name),  # a folder may be called anything
         model=config,
         mask_semantics=options.mask_semantics,
+        vision_states=options.vision_states,
         precision=options.precision,
         graphs=specs,
         files={},

@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
-from mllama_runtime.config import MaskSemantics, ModelConfig
+from mllama_runtime.config import MaskSemantics, ModelConfig, VisionStates
 from mllama_runtime.contract import Shape, decoder_shapes, vision_shapes
 from mllama_runtime.tensorfile import TensorInfo
 from torch._subclasses import FakeTensorMode
@@ -30,12 +30,12 @@ IR_VERSION = 10
 PRODUCER = "mllama-deploy"
 
 
-def vision_graph_from_config(config: ModelConfig, dtype: torch.dtype) -> ir.Model:
+def vision_graph_from_config(config: ModelConfig, dtype: torch.dtype, vision_states: VisionStates) -> ir.Model:
     """`vision.onnx`: pictures -> keys and values of every cross-attention layer (design: the vision graph)."""
     vision, (inputs, outputs) = config.vision, vision_shapes(config)
     images = Dim("images")
     with _fake_weights(dtype):
-        module = VisionEncoder(config)
+        module = VisionEncoder(config, vision_states)
         arguments = (
             torch.zeros(2, *_static(inputs["pixel_values"][1:]), dtype=torch.float32),
             torch.zeros(2, dtype=torch.int64),

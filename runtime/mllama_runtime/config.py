@@ -14,6 +14,10 @@ from mllama_runtime.errors import InputError
 
 MaskSemantics = Literal["hf", "meta"]
 """What a cross-attention layer does for a token that sees no picture: transformers' way or Meta's own."""
+VisionStates = Literal["published", "transformers-4.56"]
+"""Which states of the vision tower the projector sees beside the last, for every i in `intermediate_layers_indices`:
+those before block i (Meta's own code, the published weights, transformers until 4.54), or after it (transformers since
+4.56)."""
 
 
 @dataclass(frozen=True, slots=True)

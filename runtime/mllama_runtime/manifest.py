@@ -1,10 +1,12 @@
 """manifest.json: what a bundle holds and promises. Written last by the exporter, read first by the runtime.
 
-Schema version 2 (1 had no quantization). The same export gives the same bytes: sorted keys and no timestamps.
+The same export gives the same bytes: sorted keys and no timestamps. Schema version 4; version 3 is still read: it had
+no `vision_states`, and its graphs take them as transformers 4.56 does.
 """
 
 from __future__ import annotations
 
+import logging
 import re
 import unicodedata
 from collections import Counter
@@ -12,15 +14,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from mllama_runtime.config import MaskSemantics, ModelConfig, check_model
+from mllama_runtime.config import MaskSemantics, ModelConfig, VisionStates, check_model
 from mllama_runtime.errors import BundleError
 from mllama_runtime.fields import dump_json, is_clean, load_json, parse, show
 
-SCHEMA_VERSION = 3
+logger = logging.getLogger(__name__)
+
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_FILE_BYTES = 2**50
 _SYMBOL = re.compile(r"([1-9][0-9]*\*)?[A-Za-z_][A-Za-z0-9_]*")  # "batch", or a multiple: "1601*num_tiles"
+
+_OLD_STATES = (
+    "an older mllama-deploy made this bundle with the vision states of transformers 4.56, which are wrong for the "
+    "published weights; export them again"
+)
 
 BasePrecision = Literal["fp32", "fp16", "bf16"]
 QuantizedPrecision = Literal["int8", "int8-weight", "int4", "fp8"]
@@ -128,6 +137,7 @@ class Manifest:
     name: str
     model: ModelConfig
     mask_semantics: MaskSemantics
+    vision_states: VisionStates
     precision: Precision
     graphs: Mapping[GraphKey, GraphSpec]
     files: Mapping[str, FileEntry]
@@ -155,7 +165,7 @@ class Manifest:
         if len(data) > MAX_MANIFEST_BYTES:
             expected, found = f"at most {MAX_MANIFEST_BYTES} bytes", f"{len(data)} bytes"
             raise BundleError("the manifest is too large", where=where, expected=expected, found=found)
-        value = load_json(data, where=where, error=BundleError)
+        value = _upgraded(load_json(data, where=where, error=BundleError), where)
         version = value.get("schema_version", SCHEMA_VERSION) if isinstance(value, dict) else SCHEMA_VERSION
         if type(version) is int and version != SCHEMA_VERSION:
             raise BundleError(
@@ -172,6 +182,16 @@ class Manifest:
     def to_json(self) -> bytes:
         """The file's bytes, the same for equal manifests."""
         return dump_json(self)
+
+
+def _upgraded(value: object, where: object) -> object:
+    """A manifest of schema version 3 as one of today's version says the same."""
+    if not isinstance(value, dict) or value.get("schema_version") != 3 or type(value["schema_version"]) is not int:
+        return value
+    graphs = value.get("graphs")
+    if isinstance(graphs, dict) and "vision" in graphs:
+        logger.warning("%s: %s", where, _OLD_STATES)
+    return {"vision_states": "transformers-4.56", **value, "schema_version": SCHEMA_VERSION}
 
 
 class _Check:

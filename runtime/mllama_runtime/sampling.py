@@ -164,8 +164,9 @@ def gumbel_noise(seed: int, step: int, token_ids: NDArray[np.int64]) -> NDArray[
     """Standard Gumbel noise of the given tokens: a pure function of (seed, step, token id).
 
     Word number `token_id` of the Philox-4x64-10 stream (Salmon et al., 2011) with key `seed`, counter `step * 2**64`,
-    gives `u = ((word >> 12) + 1/2) / 2**52`, never 0 or 1, and the noise is `-log(-log(u))`. The raw words are used
-    because NumPy fixes them for good, unlike the methods of `Generator` (NEP 19).
+    gives `u = ((word >> 12) + 1/2) / 2**52`, never 0 or 1, and the noise is `-log(-log(u))`. NumPy counts before it
+    draws: words 0 to 3 are the block of the counter plus 1. The raw words are used because NumPy fixes them for good,
+    unlike the methods of `Generator` (NEP 19).
 
     Args:
         seed: 0 to 2**64 - 1.

@@ -40,7 +40,8 @@ def start(*args: object, warnings: str = "default") -> subprocess.Popen[str]:
 def test_a_whole_export(miniature: Path, tmp_path: Path) -> None:
     """Nothing but what is ours comes out, although every warning is shown; names may hold what they like."""
     output = tmp_path / "mein Bündel 模型"
-    args = ("--dtype", "bf16", "--mask-semantics", "meta", "--layers", "4", "--clamp", "--json")
+    args = ("--dtype", "bf16", "--mask-semantics", "meta", "--vision-states", "transformers-4.56")
+    args += ("--layers", "4", "--clamp", "--json")
     with start(miniature, output, *args, warnings="always") as process:
         stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == 0, stderr
@@ -52,6 +53,7 @@ def test_a_whole_export(miniature: Path, tmp_path: Path) -> None:
     assert bundle.verify(full=True).problems == ()
     manifest = bundle.manifest
     assert (manifest.precision, manifest.mask_semantics, manifest.model.text.num_layers) == ("bf16", "meta", 4)
+    assert manifest.vision_states == "transformers-4.56"
     assert dict(manifest.options) == {"num_layers": 4, "clamp": True, "adapter": None}
 
     seconds, peak = result.pop("seconds"), result.pop("peak_memory_bytes")
@@ -59,6 +61,7 @@ def test_a_whole_export(miniature: Path, tmp_path: Path) -> None:
         "bundle": str(output),
         "precision": "bf16",
         "mask_semantics": "meta",
+        "vision_states": "transformers-4.56",
         "num_parameters": manifest.source.num_parameters,
         "num_clamped": 0,
         "num_files": len(manifest.files),
@@ -96,12 +99,43 @@ def test_the_summary(exporter: list[tuple[Any, ...]], bundle_of: Callable[..., P
     lines = result.stdout.splitlines()
     assert lines[0] == str(bundle.root)
     assert lines[1] == f"  parameters  {bundle.manifest.source.num_parameters:,}"
-    assert lines[2] == "  precision   fp32, hf mask semantics"
+    assert lines[2] == "  precision   fp32, hf mask semantics, published vision states"
     assert lines[3].startswith("  size        ")
     assert lines[3].endswith(f" MB in {len(bundle.manifest.files)} files")
     assert lines[4].startswith("  took        ")
     assert lines[5] == f"Next: mllama validate {bundle.root} --reference 'my checkpoint'"
     assert len(lines) == 6
+
+
+SAVED_BY = {
+    "published": ("4.45.0.dev0", (), None),
+    "the last before the change": ("4.54.1", (), None),
+    "the first after it": ("4.55.0", (), "transformers 4.55.0 saved this checkpoint: published weights"),
+    "saved today": ("5.23.0", (), "transformers 5.23.0 saved this checkpoint: published weights"),
+    "unknown": (None, (), None),
+    "not a version": (["5.0"], (), None),
+    "another format": ("main", (), None),
+    "chosen": ("5.23.0", ("--vision-states", "published"), None),
+    "an adapter": ("4.45.0.dev0", ("--adapter", "lora"), "an adapter does not say which transformers"),
+    "an adapter, chosen": ("5.23.0", ("--adapter", "lora", "--vision-states", "transformers-4.56"), None),
+}
+
+
+@pytest.mark.parametrize(("version", "options", "expected"), SAVED_BY.values(), ids=SAVED_BY)
+def test_who_saved_a_checkpoint_is_noticed(
+    version: object, options: tuple[str, ...], expected: str | None, exporter: list[tuple[Any, ...]], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_version": version} if version else {}))
+    result = run(tmp_path, "out", *options)
+    assert result.exit_code == 0, result.output
+    notices = [line for line in result.stderr.splitlines() if line.startswith("notice: ")]
+    if expected is None:
+        assert not notices
+    else:
+        (notice,) = notices
+        assert notice.startswith(f"notice: {expected}")
+        assert notice.endswith("`mllama eval` of both on a few hundred questions tells")
+        assert "--vision-states transformers-4.56" in notice
 
 
 BARS = """
@@ -181,6 +215,7 @@ MISTAKES = [
     (("checkpoint",), 2, "BUNDLE"),
     (("checkpoint", "out", "--dtype", "fp8"), 2, "--dtype"),
     (("checkpoint", "out", "--mask-semantics", "none"), 2, "--mask-semantics"),
+    (("checkpoint", "out", "--vision-states", "4.56"), 2, "'published', 'transformers-4.56'"),
     (("checkpoint", "out", "--layers", "0"), 2, "--layers"),
     (("checkpoint", "out", "--layers", "1"), 2, "layers"),
     (("checkpoint", "out", "--layers", "99"), 2, "found 99"),

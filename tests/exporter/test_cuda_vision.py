@@ -116,7 +116,7 @@ def peaked(folder: Path, hidden_size: int, num_heads: int) -> tuple[ModelConfig,
     """A random vision graph with attention as peaked as trained ones (scores up to 17), its twin, and inputs."""
     vision = {"hidden_size": hidden_size, "attention_heads": num_heads, "vision_output_dim": 3 * hidden_size}
     config = model_config_from_hf(write_checkpoint(folder / "checkpoint", config=tiny(vision=vision)))
-    standard = vision_graph_from_config(config, torch.float32)
+    standard = vision_graph_from_config(config, torch.float32, "published")
     rng = np.random.default_rng(5)
     for name in weight_names(standard):
         value = standard.graph.initializers[name]

@@ -104,6 +104,13 @@ def test_the_mask_semantics_change_the_decoder_alone(bundle_of) -> None:
     assert Bundle.open(bundle_of("fp32", "meta")).manifest.mask_semantics == "meta"
 
 
+def test_the_vision_states_change_the_vision_graph_alone(bundle_of) -> None:
+    published, after = (hashes(bundle_of(vision_states=states)) for states in ("published", "transformers-4.56"))
+    different = {name for name in published if published[name] != after[name]}
+    assert different == {"vision.onnx", "vision.ort.onnx", "vision.cuda.onnx", "manifest.json"}
+    assert Bundle.open(bundle_of(vision_states="transformers-4.56")).manifest.vision_states == "transformers-4.56"
+
+
 def test_a_truncated_model_runs(miniature: Path, tmp_path: Path) -> None:
     bundle = bundle_from_checkpoint(miniature, tmp_path / "short", ExportOptions(num_layers=3))
     assert bundle.manifest.model.text.num_layers == 3

@@ -109,6 +109,7 @@ def skeleton(wanted: Wanted, output: Path, cache: Path) -> Bundle:
                 name=wanted.name,
                 model=wanted.config,
                 mask_semantics="hf",
+                vision_states="published",
                 precision=wanted.precision,
                 graphs=specs,
                 files={},
@@ -141,7 +142,7 @@ def _traced(wanted: Wanted, cache: Path) -> dict[GraphKey, ir.Model]:
     """The standard graphs without weights; traced once for every state of the modules."""
     dtype, config = _TORCH[wanted.base], wanted.config
     makers = {
-        "vision": lambda: vision_graph_from_config(config, dtype),
+        "vision": lambda: vision_graph_from_config(config, dtype, "published"),
         "decoder": lambda: decoder_graph_from_config(config, dtype, "hf"),
     }
     models: dict[GraphKey, ir.Model] = {}

@@ -53,6 +53,7 @@ MANIFEST = Manifest(
     name="fake",
     model=MODEL,
     mask_semantics="hf",
+    vision_states="published",
     precision="fp32",
     graphs={
         "vision": GraphSpec("vision.onnx", **GRAPH_IO),

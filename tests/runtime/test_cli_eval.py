@@ -68,7 +68,7 @@ def test_the_miniature_answers_its_own_questions(bundle: Path, task: Path, tmp_p
     assert shown == kept
     assert set(kept) == {
         *("schema_version", "bundle", "precision", "mask_semantics", "backend", "metric", "task", "score", "interval"),
-        *("interval_kind", "groups", "questions", "options", "tools"),
+        *("vision_states", "interval_kind", "groups", "questions", "options", "tools"),
     }
     assert (kept["score"], kept["metric"], kept["precision"], kept["backend"]) == (1.0, "exact", "fp32", "cpu")
     assert kept["interval_kind"] == "wilson"
@@ -94,7 +94,10 @@ def test_text_with_groups_and_a_baseline(bundle: Path, few: Path, tmp_path: Path
         ["odd", "50.00%", "2"],
         ["all", "75.00%", "4"],
     ]
-    assert "(fp32, hf semantics, cpu): exact 75.00% (95% bootstrap interval 25.00% to 100.00%)" in lines[4]
+    assert (
+        "(fp32, hf mask, published vision states, cpu): exact 75.00% (95% bootstrap interval 25.00% to 100.00%)"
+        in lines[4]
+    )
     assert lines[5].startswith("4 questions in ")
 
     same = run(bundle, "--task", few, "--baseline", before, *QUICK)
@@ -276,7 +279,7 @@ def test_differences_are_of_the_same_question(evaluation: Evaluation) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema_version": 2}, "schema_version: unknown version: expected 1, found 2"),
+        ({"schema_version": 3}, "schema_version: unknown version: expected 2, found 3"),
         ({"score": 0.9}, "score: not the mean of the scores"),
         ({"score": "high"}, "score: wrong type"),
         ({"interval": [0.9, 0.1]}, "interval: impossible interval"),
@@ -297,6 +300,14 @@ def test_a_wrong_result_is_refused(
     path.write_text(json.dumps(json.loads(evaluation.to_json()) | change))
     with pytest.raises(InputError, match=rf"result\.json: {message}"):
         Evaluation.from_file(path)
+
+
+def test_a_result_of_an_older_version_is_read(evaluation: Evaluation, tmp_path: Path) -> None:
+    value = json.loads(evaluation.to_json())
+    del value["vision_states"]
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(value | {"schema_version": 1}))
+    assert Evaluation.from_file(path) == replace(evaluation, vision_states="transformers-4.56")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def listed(path: str, **entry: object) -> Callable[[Json], None]:
 FIELDS = {
     "unknown version": (
         put("schema_version", 1),
-        "schema_version: unknown schema version: expected 3, found 1; install the mllama-deploy",
+        "schema_version: unknown schema version: expected 4, found 1; install the mllama-deploy",
     ),
     "huge version": (put("schema_version", 10**400), "unknown schema version"),
     "version of another type": (
@@ -145,6 +145,8 @@ FIELDS = {
     "unknown dtype": (put("graphs/decoder/inputs/0/dtype", "f33"), r"inputs\[0\].dtype: unknown value: .* found 'f33'"),
     "unknown precision": (put("precision", "fp7"), "precision: unknown value: expected fp32 or fp16"),
     "unknown semantics": (put("mask_semantics", "other"), "mask_semantics: unknown value: expected hf or meta"),
+    "unknown states": (put("vision_states", "4.56"), "vision_states: .* expected published or transformers-4.56"),
+    "no states": (drop("vision_states"), "vision_states: the field is missing"),
     "unknown graph": (
         put("graphs/encoder", {}),
         "graphs: unknown value: expected vision or .*sampler, found 'encoder'",
@@ -227,6 +229,23 @@ def test_paths_that_unicode_makes_equal_are_refused() -> None:
 
 def test_ordinary_paths_are_taken() -> None:
     assert all(is_inner_path(path) for path in ("a", "engines/k/e.json", "weights-00001.safetensors", "..a", "中文 b"))
+
+
+def test_an_old_manifest_is_read_as_what_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    old = json.loads(FULL.to_json())
+    del old["vision_states"]
+    old["schema_version"] = 3
+    manifest = Manifest.from_json(json.dumps(old).encode(), "b/manifest.json")
+    assert manifest == replace(FULL, vision_states="transformers-4.56")
+    (line,) = caplog.messages
+    assert line.startswith("b/manifest.json: ")
+    assert "wrong for the published weights" in line
+    caplog.clear()
+    assert Manifest.from_json(manifest.to_json(), "m") == manifest  # kept in today's form, without a warning
+    old["graphs"].pop("vision")
+    old["model"]["is_text_only"] = True
+    Manifest.from_json(json.dumps(old).encode(), "m")
+    assert not caplog.messages
 
 
 MODEL = {

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
+from click.core import ParameterSource
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
+from mllama_runtime.config import VisionStates
 from mllama_runtime.fields import printable
 
 from mllama_exporter.cli.steps import Steps, peak_memory_bytes, shown_bytes
@@ -43,6 +45,14 @@ _STEPS = {
     default="hf",
     show_default=True,
     help="How text before a picture is treated: as transformers does it, or as Meta's own code does.",
+)
+@click.option(
+    "--vision-states",
+    type=click.Choice(get_args(VisionStates)),
+    default="published",
+    show_default=True,
+    help="Which states of the vision tower the decoder sees: those before a block, as Llama 3.2 Vision was trained, or "
+    "after it, as transformers 4.56 and newer take them, for weights trained there.",
 )
 @click.option(
     "--layers",
@@ -80,9 +90,14 @@ def command(checkpoint: Path, bundle: Path, as_json: bool, **options: Any) -> No
         from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 
         exported = bundle_from_checkpoint(checkpoint, bundle, ExportOptions(**options), steps)
+    from mllama_exporter.checkpoints.vision_states import vision_states_notice
     from mllama_exporter.licence import licence_notices
 
-    for notice in licence_notices(exported.manifest, lambda name: exported.path(name).read_bytes()):
+    notices = licence_notices(exported.manifest, lambda name: exported.path(name).read_bytes())
+    chosen = click.get_current_context().get_parameter_source("vision_states") is not ParameterSource.DEFAULT
+    if not chosen and not exported.manifest.model.is_text_only:
+        notices += filter(None, [vision_states_notice(checkpoint, options["adapter"])])
+    for notice in notices:
         click.echo(f"notice: {printable(notice)}", err=True)
     result = _result(exported, steps)
     if as_json:
@@ -97,6 +112,7 @@ def _result(bundle: Bundle, steps: Steps) -> dict[str, Any]:
         "bundle": str(bundle.root),
         "precision": manifest.precision,
         "mask_semantics": manifest.mask_semantics,
+        "vision_states": manifest.vision_states,
         "num_parameters": manifest.source.num_parameters,
         "num_clamped": manifest.weights.num_clamped,
         "num_files": len(manifest.files),
@@ -109,7 +125,9 @@ def _result(bundle: Bundle, steps: Steps) -> dict[str, Any]:
 def _summary(bundle: Bundle, checkpoint: Path, result: dict[str, Any]) -> str:
     clamped = f", {result['num_clamped']} of them clamped" if result["num_clamped"] else ""
     took, memory = sum(result["seconds"].values()), shown_bytes(result["peak_memory_bytes"])
-    kind = "text only" if bundle.manifest.model.is_text_only else f"{result['mask_semantics']} mask semantics"
+    kind = f"{result['mask_semantics']} mask semantics, {result['vision_states']} vision states"
+    if bundle.manifest.model.is_text_only:
+        kind = "text only"
     validate = shlex.join(["mllama", "validate", str(bundle.root), "--reference", str(checkpoint)])
     return "\n".join(
         printable(line)

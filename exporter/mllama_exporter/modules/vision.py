@@ -1,7 +1,7 @@
 """The vision graph's module: tiles of pictures -> keys and values of every cross-attention layer.
 
 Tower, projector, K/V projections and key norm are one graph, because their result is per picture and not per token.
-Reference for the behaviour: transformers' MllamaVisionModel and MllamaTextCrossAttention.
+Reference for the behaviour: Meta's VisionEncoder (package llama-models) and transformers' MllamaTextCrossAttention.
 
 Dimensions: I images, T max_num_tiles, P num_patches, Q num_patches rounded up to a multiple of 8, V vision hidden size,
 H heads, G key/value heads, D head_dim, E text hidden size.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from mllama_runtime.config import ModelConfig, TextConfig, VisionConfig
+from mllama_runtime.config import ModelConfig, TextConfig, VisionConfig, VisionStates
 from torch import Tensor, nn
 
 from mllama_exporter.modules.operators import RMSNorm, masked_attention
@@ -103,8 +103,8 @@ class VisionTransformer(nn.Module):
         self.layers = nn.ModuleList([VisionLayer(config, is_gated=is_gated) for _ in range(num_layers)])
 
     def forward(self, x: Tensor, mask: Tensor) -> list[Tensor]:
-        """States after every layer, in order: num_layers x [I, T*Q, V]."""
-        states = []
+        """States before the first layer and after every layer, in order: (1 + num_layers) x [I, T*Q, V]."""
+        states = [x]
         for layer in self.layers:
             x = layer(x, mask)
             states.append(x)
@@ -112,9 +112,11 @@ class VisionTransformer(nn.Module):
 
 
 class VisionTower(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, vision_states: VisionStates) -> None:
         super().__init__()
         self.config = config
+        after = int(vision_states == "transformers-4.56")
+        self.taken_states = [index + after for index in config.intermediate_layers_indices]
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, config.patch_size, stride=config.patch_size, bias=False
         )
@@ -150,7 +152,7 @@ class VisionTower(nn.Module):
         final = self.global_transformer(x, mask)[-1]
 
         # Final state first, then the intermediate states interleaved: the last axis runs over features, then layers.
-        chosen = torch.stack([states[index] for index in config.intermediate_layers_indices], dim=-1)
+        chosen = torch.stack([states[index] for index in self.taken_states], dim=-1)
         features = torch.cat([final, chosen.flatten(2)], dim=-1)
         return features.reshape(num_images, num_tiles, rows, config.output_dim)[:, :, : config.num_patches]
 
@@ -182,9 +184,9 @@ class CrossKeyValue(nn.Module):
 class VisionEncoder(nn.Module):
     """`vision.onnx`: everything that is computed once per picture."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, vision_states: VisionStates) -> None:
         super().__init__()
-        self.vision_model = VisionTower(config.vision)
+        self.vision_model = VisionTower(config.vision, vision_states)
         self.multi_modal_projector = nn.Linear(config.vision.output_dim, config.text.hidden_size)
         self.cross_layers = [CrossKeyValue(config.text) for _ in config.text.cross_attention_layers]
         layers = {

@@ -162,7 +162,8 @@ def _text(result: Result, baseline: Result | None, change: Difference | None, se
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:<{width}}  {score:>8}  {count:>9}" for name, score, count in rows]
     low, high = result.interval
-    bundle = f"{result.bundle} ({result.precision}, {result.mask_semantics} semantics, {result.backend})"
+    semantics = f"{result.mask_semantics} mask, {result.vision_states} vision states"
+    bundle = f"{result.bundle} ({result.precision}, {semantics}, {result.backend})"
     lines.append(
         f"{bundle}: {result.metric} {result.score:.2%} (95% {result.interval_kind} interval {low:.2%} to {high:.2%})"
     )

@@ -5,26 +5,30 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import click
 
 from mllama_runtime.bundle import Bundle
 from mllama_runtime.cli import example, json_option
-from mllama_runtime.config import ModelConfig
+from mllama_runtime.config import ModelConfig, VisionStates
 from mllama_runtime.engine_record import EngineRecord, GraphEngine, read_record
 from mllama_runtime.fields import printable, to_plain
 from mllama_runtime.manifest import GraphSpec, Manifest, Quantization, TensorSpec
 
 Rows = list[tuple[str, ...]]
+_STATES: Mapping[VisionStates, str] = {
+    "published": "before each block, as Llama 3.2 Vision was trained",
+    "transformers-4.56": "after each block, as transformers since 4.56; published weights need the other",
+}
 
 
 @click.command(epilog=example("mllama inspect my-bundle", "mllama inspect my-bundle --json | jq .manifest.model"))
 @click.argument("bundle", type=click.Path(path_type=Path))
 @json_option
 def command(bundle: Path, as_json: bool) -> None:
-    """Show a bundle's dimensions, graphs, engines, files, precision, mask semantics and verdict.
+    """Show a bundle's dimensions, graphs, engines, files, precision, semantics and verdict.
 
     The files are checked quickly first; `mllama verify` does it in full.
     """
@@ -52,6 +56,7 @@ def _summary(manifest: Manifest) -> Rows:
         ("precision", manifest.precision),
         *_quantization(manifest.quantization),
         ("mask semantics", manifest.mask_semantics),
+        *_vision_states(manifest),
         ("source", f"{source.format}, {source.num_tensors:,} tensors, {source.num_parameters:,} parameters"),
         ("fingerprint", source.fingerprint),
         (
@@ -68,6 +73,12 @@ def _summary(manifest: Manifest) -> Rows:
         counts = f"{verdict.num_failed} of {verdict.num_checks} checks failed"
         rows.append(("validation", f"{verdict.verdict}: {counts} against {verdict.reference}; see {verdict.report}"))
     return rows
+
+
+def _vision_states(manifest: Manifest) -> Rows:
+    if manifest.model.is_text_only:
+        return []
+    return [("vision states", f"{manifest.vision_states} ({_STATES[manifest.vision_states]})")]
 
 
 def _quantization(made: Quantization | None) -> Rows:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mllama_runtime import __version__
-from mllama_runtime.config import MaskSemantics
+from mllama_runtime.config import MaskSemantics, VisionStates
 from mllama_runtime.engine import Engine
 from mllama_runtime.errors import InputError
 from mllama_runtime.evaluation.asking import AskOptions
@@ -27,7 +27,7 @@ from mllama_runtime.evaluation.questions import Task
 from mllama_runtime.fields import Prose, dump_json, load_json, parse, show
 from mllama_runtime.manifest import Precision
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 had no vision_states, and was of bundles that take them as transformers 4.56 does
 _ROUNDING = 1e-9
 _TOOLS = ("numpy", "onnxruntime", "onnxruntime-gpu", "pillow", "tokenizers")
 
@@ -65,6 +65,7 @@ class Result:
     bundle: str
     precision: Precision
     mask_semantics: MaskSemantics
+    vision_states: VisionStates
     backend: str
     metric: MetricName
     task: TaskInfo
@@ -85,6 +86,8 @@ class Result:
         except OSError as error:
             raise InputError("cannot be read", where=path, found=error.strerror) from error
         value = load_json(data, where=path, error=InputError)
+        if isinstance(value, dict) and value.get("schema_version") == 1 and type(value["schema_version"]) is int:
+            value = {"vision_states": "transformers-4.56", **value, "schema_version": SCHEMA_VERSION}
         version = value.get("schema_version", SCHEMA_VERSION) if isinstance(value, dict) else SCHEMA_VERSION
         if type(version) is int and version != SCHEMA_VERSION:
             where, hint = f"{path}: schema_version", "run `mllama eval` again"
@@ -127,6 +130,7 @@ def result_from_answers(
         bundle=manifest.name,
         precision=manifest.precision,
         mask_semantics=manifest.mask_semantics,
+        vision_states=manifest.vision_states,
         backend=engine.backend_name,
         metric=metric,
         task=TaskInfo(task.name, task.sha256, len(task.questions)),
