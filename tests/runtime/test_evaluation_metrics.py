@@ -182,6 +182,10 @@ OPTIONS = ("Paris", "London", "New London", "an ox")
         ("An ox stands there", "D"),
         ("I think B is right", "B"),
         ("A boat", None),  # an article
+        ('It is A "boat"', None),
+        ("I choose A. The others are too small.", "A"),
+        ("Not B but A", "A"),
+        ("My choice: A, a boat", "A"),
         ("E", None),  # there is no fifth option
         ("I'm sure", None),
         ("Londonderry", None),

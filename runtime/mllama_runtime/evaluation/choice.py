@@ -15,7 +15,8 @@ _STATED = re.compile(
 _ALONE = re.compile(r"\W*([A-Za-z])\W*")
 _OPENING = re.compile(r"[(\[*\"'`]*([A-Z])(?:[)\].:,*]|\s*\n)")
 _BRACKETED = re.compile(r"\(([A-Z])\)")
-_WORD = re.compile(r"(?<![\w'\u2019])([B-Z])(?![\w'\u2019])")  # "A" is an article, too
+_ARTICLE = r"A(?=\s+\W*\w)"  # a word follows
+_WORD = re.compile(rf"(?<![\w'\u2019])(?!{_ARTICLE})([A-Z])(?![\w'\u2019])")
 
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
@@ -24,7 +25,7 @@ def chosen_letter(answer: str, options: Sequence[str]) -> str | None:
     What is looked for, in this order: a statement ("The answer is (B)."), the last one if there are several; a letter
     alone; the text of an option alone; a letter that opens the answer ("B. a cat"); the last letter in brackets; the
     text of an option within the answer, the one that ends last and the longest of those; the last letter that stands
-    as a word.
+    as a word, "A" only where it cannot be an article.
 
     The evaluation of MMMU (https://arxiv.org/abs/2311.16502) draws an option by lot where it finds none; here that is
     a wrong answer, so that a score is the same every time.

@@ -39,7 +39,8 @@ def anls(answer: str, accepted: Sequence[str]) -> float:
 
     The best over the accepted answers, in lower case, runs of blanks as one. Biten et al. 2019, equation 1
     (https://arxiv.org/abs/1905.13648). A similarity of exactly 0.5 counts, as in the challenge's own script
-    (https://rrc.cvc.uab.es/?ch=17), where the equation has 0.
+    (https://rrc.cvc.uab.es/?ch=17), where the equation has 0. There surplus blanks count in the longer length, here not
+    at all.
     """
     return max(_similarity(" ".join(answer.lower().split()), " ".join(other.lower().split())) for other in accepted)
 
