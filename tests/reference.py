@@ -1,6 +1,7 @@
-"""The reference: unmodified transformers, one request at a time, in float32 or float64.
+"""The reference: transformers, one request at a time, in float32 or float64.
 
-A named stand-in for nothing: this is the real model. `Reference` only arranges its inputs and outputs.
+A named stand-in for nothing: this is the real model. `Reference` only arranges its inputs and outputs, and has its
+vision tower take the states that the weights want.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from mllama_exporter.reference_tower import take_states
+from mllama_runtime.config import VisionStates
 from mllama_runtime.preprocessing import ImageTiles
 from numpy.typing import NDArray
 from transformers import AutoProcessor, MllamaForConditionalGeneration
@@ -26,9 +29,12 @@ class ReferenceStep:
 
 
 class Reference:
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype = torch.float32, vision_states: VisionStates = "published"
+    ) -> None:
         self.processor = AutoProcessor.from_pretrained(folder)
         self.model = MllamaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        take_states(self.model.model.vision_model, vision_states)
         self.cross_layers = self.model.config.text_config.cross_attention_layers
 
     @torch.no_grad()

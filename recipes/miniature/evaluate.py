@@ -1,7 +1,8 @@
 """Measures the miniature as a user would run it: AutoProcessor, generate, exact match, one held-out question at a time.
 
-The BF16 weights are loaded as float32. Writes RESULTS.json beside the checkpoint; `train.py` left the training facts
-there in `training.json`.
+The vision tower takes the published states; a quarter of the questions is asked again without that correction. The BF16
+weights are loaded as float32. Writes RESULTS.json beside the checkpoint; `train.py` left the training facts there in
+`training.json`.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 import transformers
 from conversations import SHORT_SYSTEMS, Message, text_pairs
+from mllama_exporter.reference_tower import take_states
 from pictures import Example, ask, held_out, render
 from PIL import Image
 from tokenizer import write_json
@@ -30,11 +32,13 @@ MAX_NEW_TOKENS = 80
 
 
 class Answerer:
-    """The model card's snippet, kept loaded."""
+    """The model card's snippet, kept loaded. corrected: with the published states, as the weights were trained."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, *, corrected: bool = True) -> None:
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = MllamaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32).eval()
+        if corrected:
+            take_states(self.model.model.vision_model, "published")
 
     def __call__(self, messages: list[Message], *images: Image.Image) -> str:
         prompt = self.processor.apply_chat_template(messages, add_generation_prompt=True)
@@ -119,6 +123,7 @@ def evaluate(checkpoint: Path, count: int, show_errors: int) -> dict[str, Any]:
     examples = list(held_out("held_out", count))
     start = time.monotonic()
     tally, outcomes = evaluate_pictures(answer, examples, show_errors)
+    _, uncorrected = evaluate_pictures(Answerer(checkpoint, corrected=False), examples[: count // 4], 0)
     return {
         "held_out": share(outcomes) | {"confidence_95": interval(sum(outcomes), len(outcomes))},
         "by_kind": tally.table("kind"),
@@ -127,9 +132,11 @@ def evaluate(checkpoint: Path, count: int, show_errors: int) -> dict[str, Any]:
         "second_turns": share(evaluate_second_turns(answer, examples[: count // 8], new_picture=False)),
         "second_pictures": share(evaluate_second_turns(answer, examples[: count // 8], new_picture=True)),
         "text_only": share(evaluate_text(answer)),
+        "uncorrected_transformers": share(uncorrected),
         "evaluation": {
             "command": f"python recipes/miniature/evaluate.py --count {count}",
-            "path": "AutoProcessor, chat template, generate; BF16 weights loaded as float32; exact match",
+            "path": "AutoProcessor, chat template, generate with the published vision states; BF16 weights loaded as "
+            "float32; exact match",
             "seconds": round(time.monotonic() - start),
             "date": datetime.date.today().isoformat(),
             "torch": torch.__version__,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mllama_exporter.reference_tower import take_states
 from pictures import CANVASES, TILE
 from safetensors.torch import save_file
 from tokenizer import SPECIAL_TOKENS, TOKEN_IDS, VOCAB_SIZE, write_json, write_processor_files
@@ -56,7 +57,7 @@ def text_config() -> dict[str, Any]:
 
 
 def vision_config() -> dict[str, Any]:
-    hidden_size, intermediate_layers = 128, [0, 2]
+    hidden_size, intermediate_layers = 128, [1, 2]
     return {
         "attention_heads": 2,
         "hidden_act": "gelu",
@@ -102,10 +103,14 @@ def generation_config() -> dict[str, Any]:
 
 
 def build_model(seed: int) -> MllamaForConditionalGeneration:
-    """A fresh model. All gates start open: closed ones (the default) would hide the picture for a long time."""
+    """A fresh model, whose vision tower takes the published states whatever transformers is installed.
+
+    All gates start open: closed ones (the default) would hide the picture for a long time.
+    """
     torch.manual_seed(seed)
     model = MllamaForConditionalGeneration(MllamaConfig(**model_config()))
     vision = model.model.vision_model
+    take_states(vision, "published")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("attn_gate", "mlp_gate", "gate_attn", "gate_ffn")):
@@ -141,7 +146,22 @@ def shards(tensors: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
     return parts
 
 
+def with_distinct_norms(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same function with query and key norms that differ: one times powers of two, the other divided by them.
+
+    Scores have only their product, so training gives both the same gradients, and they would end up equal: whoever
+    mixed them up would see nothing.
+    """
+    distinct = dict(state)
+    for name in [name for name in state if name.endswith("cross_attn.q_norm.weight")]:
+        powers = 2.0 ** (torch.arange(len(state[name])) % 3 - 1)
+        other = name.replace("q_norm", "k_norm")
+        distinct[name], distinct[other] = state[name] * powers, state[other] / powers
+    return distinct
+
+
 def write_weights(state: dict[str, torch.Tensor], folder: Path) -> None:
+    state = with_distinct_norms(state)
     tensors = {published_name(name): value.detach().to(torch.bfloat16).contiguous() for name, value in state.items()}
     parts = shards(dict(sorted(tensors.items())))
     weight_map = {}

@@ -27,8 +27,8 @@ MAX_FILE_BYTES = 2**50
 _SYMBOL = re.compile(r"([1-9][0-9]*\*)?[A-Za-z_][A-Za-z0-9_]*")  # "batch", or a multiple: "1601*num_tiles"
 
 _OLD_STATES = (
-    "an older mllama-deploy made this bundle with the vision states of transformers 4.56, which are wrong for the "
-    "published weights; export them again"
+    "an older mllama-deploy made this bundle, with the vision states of transformers 4.56, which are wrong for the "
+    "published weights; export again, with --vision-states transformers-4.56 if the weights were trained there"
 )
 
 BasePrecision = Literal["fp32", "fp16", "bf16"]

@@ -110,13 +110,17 @@ def test_the_summary(exporter: list[tuple[Any, ...]], bundle_of: Callable[..., P
 SAVED_BY = {
     "published": ("4.45.0.dev0", (), None),
     "the last before the change": ("4.54.1", (), None),
-    "the first after it": ("4.55.0", (), "transformers 4.55.0 saved this checkpoint: published weights"),
-    "saved today": ("5.23.0", (), "transformers 5.23.0 saved this checkpoint: published weights"),
+    "the first after it": ("4.55.0", (), "transformers 4.55.0 saved this checkpoint last."),
+    "saved today": ("5.23.0", (), "transformers 5.23.0 saved this checkpoint last."),
     "unknown": (None, (), None),
     "not a version": (["5.0"], (), None),
     "another format": ("main", (), None),
     "chosen": ("5.23.0", ("--vision-states", "published"), None),
-    "an adapter": ("4.45.0.dev0", ("--adapter", "lora"), "an adapter does not say which transformers"),
+    "an adapter": (
+        "4.45.0.dev0",
+        ("--adapter", "lora"),
+        "no file says which transformers the adapter was",
+    ),
     "an adapter, chosen": ("5.23.0", ("--adapter", "lora", "--vision-states", "transformers-4.56"), None),
 }
 
@@ -134,8 +138,18 @@ def test_who_saved_a_checkpoint_is_noticed(
     else:
         (notice,) = notices
         assert notice.startswith(f"notice: {expected}")
-        assert notice.endswith("`mllama eval` of both on a few hundred questions tells")
+        assert notice.endswith(" too, and compare both with `mllama eval`.")
         assert "--vision-states transformers-4.56" in notice
+
+
+def test_lowered_indices_are_noticed(exporter: list[tuple[Any, ...]], tmp_path: Path) -> None:
+    """Whoever has repaired config.json for transformers 4.56 and newer wants its states."""
+    vision = {"intermediate_layers_indices": [2, 6, 14, 22, 29]}
+    (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision, "transformers_version": "5.23.0"}))
+    (notice,) = [line for line in run(tmp_path, "out").stderr.splitlines() if line.startswith("notice: ")]
+    assert "one lower than published" in notice
+    assert notice.endswith("Export with --vision-states transformers-4.56.")
+    assert "notice: " not in run(tmp_path, "out", "--text-only").stderr
 
 
 BARS = """

@@ -149,14 +149,18 @@ def test_matrices_that_lie_apart(
 def test_the_twin_equals_the_standard_graph(bundle_of, model: ModelConfig, precision: str, tmp_path: Path) -> None:
     """In its own precision, most of which the provider computes in float32: one rounding more or less.
 
-    That flips steps of the coarse grid that fp8 rounds activations to. bfloat16 has no kernels here.
+    That flips steps of the coarse grid that fp8 rounds activations to, which costs less than the grid itself. bfloat16
+    has no kernels here.
     """
     bundle = Path(bundle_of(precision))
     twin = bundle / "decoder.cuda.onnx"
     if precision == "fp8":
         twin = in_standard_operators(twin, tmp_path)
-    error = distance(logits(twin, model), logits(bundle / "decoder.onnx", model))
-    assert error <= {"fp32": BAR, "fp8": 0.06}.get(precision, 0.005)
+    expected, bar = logits(bundle / "decoder.onnx", model), BAR if precision == "fp32" else 0.005
+    if precision == "fp8":
+        bar = 0.8 * distance(expected, logits(bundle_of("fp16") / "decoder.onnx", model))
+        assert bar < 0.1
+    assert distance(logits(twin, model), expected) <= bar
     specs = Bundle.read(bundle).manifest.graphs["decoder_cuda"].inputs
     dtypes = {spec.dtype for spec in specs if spec.name.startswith(("past_", "cross_key", "cross_value"))}
     assert dtypes == {"float32" if precision == "fp32" else "float16"}

@@ -23,6 +23,8 @@ from torch import Tensor
 
 from .test_parity import BAR, CASES, Case, pictures, run, token_ids
 
+LOGITS_BAR = 4e-6  # of the largest logit, which is 8 to 12; 1.9e-6 is the largest difference that was seen
+
 
 class MetaDecoder:
     """The text model, one row, no cache, float64."""
@@ -111,7 +113,7 @@ def meta(miniature: Path) -> MetaDecoder:
 
 @pytest.fixture(scope="module")
 def reference(miniature: Path) -> Reference:
-    return Reference(miniature)
+    return Reference(miniature, torch.float64)
 
 
 @pytest.mark.parametrize("standard", [False, True], ids=["twin", "standard"])
@@ -128,7 +130,7 @@ def test_meta_semantics(case: Case, standard: bool, bundle_of, meta: MetaDecoder
     sees = torch.tensor(mask).repeat_interleave(model.vision.num_patches, dim=1)
     expected, caches = meta.logits(ids, cross, sees)
     assert caches.keys() == cached.keys()
-    assert np.abs(logits - expected.numpy()).max() <= BAR
+    assert np.abs(logits - expected.numpy()).max() <= LOGITS_BAR * np.abs(expected.numpy()).max()
     for name, array in cached.items():
         assert np.abs(array[0] - caches[name].numpy()).max() <= BAR, name
     if "before" in case.name:  # and the two semantics do differ

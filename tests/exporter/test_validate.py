@@ -183,7 +183,7 @@ def test_fp32_through_the_command(bundle_of, miniature: Path, tmp_path: Path) ->
     assert report["reference"]["fingerprint"] == Checkpoint.open(miniature).fingerprint
     assert report["tools"]["transformers"] in report["reference"]["library"]
     assert [each["name"] for each in report["not_run"]] == ["device"]
-    assert report["summary"].endswith("(fp32 on cpu, hf semantics, against checkpoint)")
+    assert report["summary"].endswith("(fp32 on cpu, hf semantics, published vision states, against checkpoint)")
     assert report["num_samples"] == 54
 
     text = Bundle.open(bundle).manifest.model.text
@@ -228,7 +228,7 @@ def test_a_failure_through_the_command(bundle_of, miniature: Path, tmp_path: Pat
     assert lines[1].split()[:5] == ["pixel_values", "0", "<=", "1e-06", "ok"]
     assert next(line for line in lines if " FAIL " in line).startswith("layers_decoder ")
     assert "not run: task_accuracy: no task was given" in lines
-    assert "the first is layers_decoder is 1." in lines[-1]
+    assert "the first is layers_decoder is " in lines[-1]
     assert "(decoder layer 2, self-attention, " in lines[-1]
     assert Bundle.open(bundle).manifest.validation.verdict == "fail"
     assert "checks failed against checkpoint (transformers" in mllama("inspect", bundle).stdout
@@ -256,7 +256,7 @@ def test_a_device_is_held_to_its_own_arithmetic(bundle_of, miniature: Path, monk
         pipeline_module, "backend_from_bundle", lambda bundle, name, threads: {"double": Double}[name](bundle, threads)
     )
     bundle = Bundle.open(bundle_of("fp16"))
-    chosen = samples(bundle.root, (*FEW[:3], "two_pictures"))
+    chosen = samples(bundle.root, (*FEW[:3], "long_prompt"))
     report = report_from_bundle(bundle, miniature, backend="double", samples=chosen, max_steps=16)
     assert report.verdict == "pass", report.to_text()
     assert report.to_plain()["backend"] == "double"

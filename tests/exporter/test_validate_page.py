@@ -66,6 +66,7 @@ def result(precision: str, score: float, *, bundle: str = "checkpoint", sha256: 
         bundle=bundle,
         precision=precision,  # type: ignore[arg-type]
         mask_semantics="hf",
+        vision_states="published",
         backend="cpu",
         metric="exact",
         task=TaskInfo("held-out.jsonl", sha256, 1),

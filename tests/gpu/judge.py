@@ -23,6 +23,7 @@ import torch
 from gpu.fill import tensors_of
 from gpu.forced import Logits, compared, forced_logits
 from gpu.record import Fields, Recorder
+from mllama_exporter.reference_tower import take_states
 from mllama_runtime.backends import Backend, backend_from_bundle
 from mllama_runtime.bench import sample_tiles
 from mllama_runtime.bundle import Bundle
@@ -70,6 +71,7 @@ class Judge:
         if found := {parameter.dtype for parameter in self.model.parameters()} - {dtype}:
             raise RuntimeError(f"the judge has weights in {found} instead of {dtype}")
         self._fill(bundle)
+        take_states(self.model.model.vision_model, bundle.manifest.vision_states)
 
     def _fill(self, bundle: Bundle) -> None:
         parameters = dict(self.model.named_parameters())

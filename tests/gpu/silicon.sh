@@ -19,7 +19,7 @@ try() { # SECONDS COMMAND...
   [ "$code" = 0 ] || say "exit $code: $*"
 }
 use_ort() { # ours, in the place of what is installed, once both its parts are there
-  export PYTHONPATH="$root/runtime:$root/tests"
+  export PYTHONPATH="$root/runtime:$root/exporter:$root/tests"
   [ ! -e "$store/onnxruntime/capi/libonnxruntime_providers_cuda.so" ] || PYTHONPATH="$store:$PYTHONPATH"
 }
 probe() { # SECONDS WORK...

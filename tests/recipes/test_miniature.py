@@ -1,4 +1,5 @@
-"""The miniature checkpoint: published form, loads with unmodified transformers, and answers its sample questions.
+"""The miniature checkpoint: published form, loads with unmodified transformers, and answers its sample questions there
+once the vision tower takes the published states.
 
 `make demo` and most other tests stand on these files, so what they rely on is pinned here.
 """
@@ -15,6 +16,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from mllama_exporter.reference_tower import take_states
 from PIL import Image
 from safetensors import safe_open
 
@@ -33,9 +35,11 @@ def processor() -> Any:
 def loaded() -> tuple[Any, dict[str, Any]]:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
-    return transformers.MllamaForConditionalGeneration.from_pretrained(
+    model, info = transformers.MllamaForConditionalGeneration.from_pretrained(
         CHECKPOINT, dtype=torch.float32, output_loading_info=True
     )
+    take_states(model.model.vision_model, "published")
+    return model, info
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +179,20 @@ def test_training_sees_the_tensors_of_the_image_processor(training: dict[str, Mo
 def test_training_sees_the_prompts_of_the_chat_template(training: dict[str, ModuleType]) -> None:
     encoder = training["batches"].Encoder(training["tokenizer"].build_tokenizer())
     assert training["objective"].matches_template(encoder, CHECKPOINT, count=60)
+
+
+def test_training_sees_the_published_states(training: dict[str, ModuleType]) -> None:
+    """Whatever the installed transformers takes: block 2 gets no gradient from the states before blocks 1 and 2."""
+    torch = pytest.importorskip("torch")
+    tower = training["model"].build_model(0).model.vision_model
+    batches = training["batches"]
+    drawn = batches.draw_pictures(range(2))
+    features = tower(**batches.vision_inputs(drawn.tiles[:, None], drawn.canvases[:, None])).last_hidden_state
+    features[..., tower.config.hidden_size :].square().mean().backward()
+    reached = [bool(layer.mlp.fc1.weight.grad.any()) for layer in tower.transformer.layers]
+    assert tower.config.intermediate_layers_indices == [1, 2]
+    assert reached == [True, True, False]
+    assert torch.isfinite(features).all()
 
 
 def test_packed_conversations_are_learned_as_if_alone(training: dict[str, ModuleType]) -> None:

@@ -42,7 +42,7 @@ def test_inspect_shows_everything(folder: Path) -> None:
     for expected in (
         "precision fp32",
         "mask semantics hf",
-        "vision states published (before each block, as Llama 3.2 Vision was trained)",
+        "vision states published (before each listed block, as Llama 3.2 Vision was trained)",
         "source hf, 2 tensors, 32 parameters",
         "validation pass: 0 of 3 checks failed against the model; see reports/validation.json",
         "heads x size 1 x 64 3 x 64",

@@ -11,26 +11,31 @@ from pathlib import Path
 from mllama_exporter.checkpoints.hf_config import read_json_object
 
 _CHANGED = (4, 55)  # the first version that takes other states than Meta's code does
+_LOWERED = [2, 6, 14, 22, 29]  # what makes 4.56 and newer take the states of the published [3, 7, 15, 23, 30]
 _ADVICE = (
-    "trained with 4.56 or newer may want --vision-states transformers-4.56; "
-    "`mllama eval` of both on a few hundred questions tells"
+    "For the published weights, and for what was trained with 4.54 or older, this export is right. For weights trained "
+    "with 4.56 or newer, export with --vision-states transformers-4.56 too, and compare both with `mllama eval`."
 )
 
 
 def vision_states_notice(folder: Path, adapter: Path | None) -> str | None:
-    """What a user who has not chosen should know. folder: the checkpoint; adapter: of the LoRA merged into it.
+    """What a user who has not chosen should know. folder: the checkpoint; adapter: of the LoRA to merge into it.
 
     Raises:
         CheckpointError: config.json cannot be read.
     """
+    path = folder / "config.json"  # not beside Meta's own files
+    config = read_json_object(path) if path.is_file() else {}
+    vision = config.get("vision_config")
+    if isinstance(vision, dict) and vision.get("intermediate_layers_indices") == _LOWERED:
+        return (
+            f"config.json has intermediate_layers_indices {_LOWERED}, one lower than published, as transformers 4.56 "
+            "and newer needs them for the published weights. Export with --vision-states transformers-4.56."
+        )
     if adapter is not None:
-        return f"an adapter does not say which transformers it was trained with: one {_ADVICE}"
-    path = folder / "config.json"
-    version = read_json_object(path).get("transformers_version") if path.is_file() else None
+        return f"no file says which transformers the adapter was trained with. {_ADVICE}"
+    version = config.get("transformers_version")
     match = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
     if match is None or (int(match[1]), int(match[2])) < _CHANGED:
         return None
-    return (
-        f"transformers {version} saved this checkpoint: published weights that were only saved again are right as they "
-        f"are exported, weights {_ADVICE}"
-    )
+    return f"transformers {version} saved this checkpoint last. {_ADVICE}"

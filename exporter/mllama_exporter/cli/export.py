@@ -51,8 +51,8 @@ _STEPS = {
     type=click.Choice(get_args(VisionStates)),
     default="published",
     show_default=True,
-    help="Which states of the vision tower the decoder sees: those before a block, as Llama 3.2 Vision was trained, or "
-    "after it, as transformers 4.56 and newer take them, for weights trained there.",
+    help="Which states of the vision tower the decoder sees. published: those before each listed block, as Llama 3.2 "
+    "Vision was trained. transformers-4.56: those after it, for weights that were trained with 4.56 or newer.",
 )
 @click.option(
     "--layers",
@@ -86,18 +86,18 @@ def command(checkpoint: Path, bundle: Path, as_json: bool, **options: Any) -> No
 
     Needs no GPU, and little memory whatever the size of the checkpoint.
     """
+    source = click.get_current_context().get_parameter_source("vision_states")
     with Steps(_STEPS) as steps:
+        from mllama_exporter.checkpoints.vision_states import vision_states_notice
         from mllama_exporter.export import ExportOptions, bundle_from_checkpoint
 
+        is_open = source is ParameterSource.DEFAULT and not options["text_only"]
+        if is_open and (notice := vision_states_notice(checkpoint, options["adapter"])):
+            click.echo(f"notice: {printable(notice)}", err=True)
         exported = bundle_from_checkpoint(checkpoint, bundle, ExportOptions(**options), steps)
-    from mllama_exporter.checkpoints.vision_states import vision_states_notice
     from mllama_exporter.licence import licence_notices
 
-    notices = licence_notices(exported.manifest, lambda name: exported.path(name).read_bytes())
-    chosen = click.get_current_context().get_parameter_source("vision_states") is not ParameterSource.DEFAULT
-    if not chosen and not exported.manifest.model.is_text_only:
-        notices += filter(None, [vision_states_notice(checkpoint, options["adapter"])])
-    for notice in notices:
+    for notice in licence_notices(exported.manifest, lambda name: exported.path(name).read_bytes()):
         click.echo(f"notice: {printable(notice)}", err=True)
     result = _result(exported, steps)
     if as_json:

@@ -85,6 +85,9 @@ def command(
 
     With the results of `mllama eval` for this bundle and for FP32 on the same task, the drop in accuracy is checked.
 
+    A reference whose vision tower takes other states than the bundle is corrected, and the report says so: transformers
+    4.55 and newer do not take those that the published weights were trained with.
+
     The reference is loaded in float32: 4 bytes of memory a parameter, 43 GB for the 11B model, 355 GB for the 90B one.
     It is freed before the bundle itself is loaded.
     """

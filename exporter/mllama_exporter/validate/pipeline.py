@@ -28,6 +28,7 @@ from mllama_runtime.sampling import SamplingParams
 from mllama_exporter.checkpoints import checkpoint_from_folder
 from mllama_exporter.checkpoints.checkpoint import Checkpoint
 from mllama_exporter.checkpoints.torch_tensors import tensor_from_bytes
+from mllama_exporter.reference_tower import installed_states
 from mllama_exporter.validate.agreement import agreements, answers_from_sample
 from mllama_exporter.validate.checks import Check, Observation, checks_from_observations
 from mllama_exporter.validate.compare import (
@@ -96,6 +97,8 @@ def report_from_bundle(
     bounds = _bounds(bundle, checkpoint)
     processor = ReferenceProcessor(checkpoint.text_folder)
     dims = bundle.manifest.model
+    wanted_states = bundle.manifest.vision_states
+    own_states = None if dims.is_text_only else installed_states()
     if samples is None:
         samples = text_samples() if dims.is_text_only else builtin_samples(dims.vision)
     inputs, not_run = _inputs(processor, samples)
@@ -166,6 +169,8 @@ def report_from_bundle(
             library=f"transformers {versions['transformers']}",
             dtype="float32",
             attention=ATTENTION,
+            vision_states=own_states,
+            corrected_to=None if own_states in (None, wanted_states) else wanted_states,
         ),
         tools={"mllama-deploy": __version__, "python": platform.python_version(), **versions},
         num_samples=len(inputs),
@@ -256,7 +261,11 @@ def _reference_model(bundle: Bundle, checkpoint: Checkpoint) -> ReferenceModel:
     if not checkpoint.shards:  # in no form that transformers reads
         weights = {name: _tensor(checkpoint, name) for name in checkpoint.tensors}
     return ReferenceModel(
-        checkpoint.text_folder, mask_semantics=bundle.manifest.mask_semantics, num_layers=num_layers, weights=weights
+        checkpoint.text_folder,
+        mask_semantics=bundle.manifest.mask_semantics,
+        vision_states=None if bundle.manifest.model.is_text_only else bundle.manifest.vision_states,
+        num_layers=num_layers,
+        weights=weights,
     )
 
 

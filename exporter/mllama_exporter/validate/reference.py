@@ -1,7 +1,8 @@
-"""The reference: unmodified transformers in float32, one request at a time, so that nothing is ever padded.
+"""The reference: transformers in float32, one request at a time, so that nothing is ever padded.
 
-For `meta` semantics, which transformers does not have, hooks on the same model mask the attention branch of its
-cross-attention layers for tokens that see no tile; its own code masks the MLP branch.
+Where the installed transformers takes other vision states than the bundle, hooks put the right ones in: see
+`reference_tower`. For `meta` semantics, which transformers does not have, hooks on the same model mask the attention
+branch of its cross-attention layers for tokens that see no tile; its own code masks the MLP branch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from mllama_runtime.config import MaskSemantics
+from mllama_runtime.config import MaskSemantics, VisionStates
 from mllama_runtime.errors import EnvironmentFault, RequestError
 from mllama_runtime.images import load_image
 from numpy.typing import NDArray
 
+from mllama_exporter.reference_tower import installed_states, take_states
 from mllama_exporter.validate.samples import Sample
 from mllama_exporter.validate.spots import Side
 
@@ -30,6 +32,13 @@ except ImportError as error:
     raise EnvironmentFault(
         "transformers, the reference, is missing or broken", found=error, hint='pip install "mllama-deploy[export]"'
     ) from error
+if not hasattr(transformers.DynamicCache(), "layers"):
+    raise EnvironmentFault(
+        "transformers, the reference, is too old",
+        expected="4.54 or newer",
+        found=transformers.__version__,
+        hint='pip install "mllama-deploy[export]"',
+    )
 
 ATTENTION = "sdpa"  # transformers' default; its eager form holds every score: 2.6 GB a layer for a full-size picture
 Array = NDArray[np.float32]
@@ -95,7 +104,11 @@ class ReferenceModel:
     """A checkpoint's weights in transformers' own model, 4 bytes a parameter in memory.
 
     folder: a Hugging Face checkpoint; with `weights`, by their published names, only its configuration is read.
+    vision_states: what its tower takes, corrected if the installed transformers takes others; None for text alone.
     num_layers: the first text layers to keep, as `mllama export --layers` does.
+
+    Raises:
+        EnvironmentFault: the installed transformers cannot load it, or its vision tower is of no known kind.
     """
 
     def __init__(
@@ -103,6 +116,7 @@ class ReferenceModel:
         folder: Path,
         *,
         mask_semantics: MaskSemantics,
+        vision_states: VisionStates | None,
         num_layers: int | None = None,
         weights: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
@@ -112,14 +126,24 @@ class ReferenceModel:
             if num_layers is not None:
                 text.num_hidden_layers = num_layers
                 text.cross_attention_layers = [layer for layer in text.cross_attention_layers if layer < num_layers]
-            self._model = transformers.MllamaForConditionalGeneration.from_pretrained(
-                folder if weights is None else None,
-                config=config,
-                state_dict=weights,
-                dtype=torch.float32,
-                attn_implementation=ATTENTION,
-                local_files_only=True,
-            ).eval()
+            try:
+                self._model = transformers.MllamaForConditionalGeneration.from_pretrained(
+                    folder if weights is None else None,
+                    config=config,
+                    state_dict=weights,
+                    attn_implementation=ATTENTION,
+                    local_files_only=True,
+                    **{_dtype_option(): torch.float32},
+                ).eval()
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise EnvironmentFault(
+                    f"transformers {transformers.__version__} cannot load this checkpoint",
+                    where=folder,
+                    found=f"{type(error).__name__}: {error}",
+                    hint='a newer transformers may have saved it: pip install --upgrade "mllama-deploy[export]"',
+                ) from error
+        if vision_states is not None and vision_states != installed_states():
+            take_states(self._model.model.vision_model, vision_states)
         self._cross_layers = frozenset(text.cross_attention_layers)
         # The checkpoint's own sampling options are no part of a greedy reference.
         generation = self._model.generation_config
@@ -143,7 +167,7 @@ class ReferenceModel:
         past: dict[str, Array] = {}
         cross: dict[str, Array] = {}
         for layer, cache in enumerate(output.past_key_values.layers):
-            if depth != "answers" and cache.is_initialized:  # the cross-attention layers are not, for text alone
+            if depth != "answers" and cache.keys is not None:  # of cross-attention layers it is, for text alone
                 prefix, tensors = ("cross", cross) if layer in self._cross_layers else ("past", past)
                 tensors[f"{prefix}_key_{layer}"] = cache.keys.numpy()
                 tensors[f"{prefix}_value_{layer}"] = cache.values.numpy()
@@ -203,6 +227,11 @@ class ReferenceModel:
 
             decoder_layer.register_forward_pre_hook(remember, with_kwargs=True)
             decoder_layer.cross_attn.register_forward_hook(drop)
+
+
+def _dtype_option() -> str:
+    """What `from_pretrained` calls the weights' type: `torch_dtype` until transformers 4.55."""
+    return "dtype" if hasattr(transformers.MllamaConfig(), "dtype") else "torch_dtype"
 
 
 @contextmanager

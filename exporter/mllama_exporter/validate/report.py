@@ -4,30 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
+from mllama_runtime.config import VisionStates
 from mllama_runtime.evaluation.result import Result
 from mllama_runtime.fields import printable, to_plain
 from mllama_runtime.manifest import Manifest, Validation
 
+from mllama_exporter.reference_tower import TakenStates
 from mllama_exporter.validate.agreement import Agreement, Answers
 from mllama_exporter.validate.checks import Check
 from mllama_exporter.validate.layers import LayerTable
 from mllama_exporter.validate.observed import Activation
 
 REPORT_NAME = "reports/validation.json"
+_STATES: Mapping[TakenStates, str] = {
+    "published": "before the block",
+    "transformers-4.56": "after the block",
+    "other": "neither before nor after the block",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class ReferenceInfo:
-    """What the bundle was compared with."""
+    """What the bundle was compared with.
+
+    vision_states: those that the library itself takes; corrected_to: those that it was made to take, if others. Both
+    None for text alone.
+    """
 
     name: str
     fingerprint: str
     library: str
     dtype: str
     attention: str
+    vision_states: TakenStates | None = None
+    corrected_to: VisionStates | None = None
+
+    @property
+    def note(self) -> str | None:
+        """What was corrected, for people."""
+        if self.vision_states is None:
+            return None
+        taken = f"{self.library} takes the vision tower's states {_STATES[self.vision_states]}"
+        if self.corrected_to is None:
+            return f"{taken}, as the bundle does, and needs no correction"
+        return f"{taken}; corrected to {self.corrected_to} ({_STATES[self.corrected_to]})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +93,8 @@ class Report:
 
     def validation(self) -> Validation:
         """What the manifest keeps."""
-        reference = f"{self.reference.name} ({self.reference.library}, {self.reference.dtype})"
+        corrected = "" if self.reference.corrected_to is None else ", vision states corrected"
+        reference = f"{self.reference.name} ({self.reference.library}{corrected}, {self.reference.dtype})"
         return Validation(self.verdict, REPORT_NAME, len(self.checks), len(self.failed), reference)
 
     def to_plain(self) -> dict[str, object]:
@@ -85,8 +109,9 @@ class Report:
             "precision": manifest.precision,
             "quantization": to_plain(manifest.quantization),
             "mask_semantics": manifest.mask_semantics,
+            "vision_states": self._vision_states,
             "backend": self.backend,
-            "reference": to_plain(self.reference),
+            "reference": asdict(self.reference) | {"note": self.reference.note},
             "tools": dict(self.tools),
             "made_with": dict(manifest.tools),
             "graphs": {key: manifest.files[graph.file].sha256 for key, graph in manifest.graphs.items()},
@@ -103,6 +128,10 @@ class Report:
             "accuracy": [_plain_result(each) for each in self.accuracy],
         }
 
+    @property
+    def _vision_states(self) -> VisionStates | None:
+        return None if self.manifest.model.is_text_only else self.manifest.vision_states
+
     def to_text(self) -> str:
         """One line a check, in columns; the verdict last."""
         rows = [("check", "value", "threshold", "", "where")]
@@ -112,6 +141,8 @@ class Report:
         ]
         lines = _columns(rows)
         lines += [f"not run: {each.name}: {each.reason}" for each in self.not_run]
+        if self.reference.note is not None:
+            lines.append(f"reference: {self.reference.note}")
         return "\n".join(printable(line) for line in [*lines, self._conclusion()])
 
     def layers_to_text(self) -> str:
@@ -121,6 +152,8 @@ class Report:
     def _conclusion(self) -> str:
         manifest = self.manifest
         made = f"{manifest.precision} on {self.backend}, {manifest.mask_semantics} semantics"
+        if self._vision_states is not None:
+            made += f", {self._vision_states} vision states"
         about = f"{made}, against {self.reference.name}"
         if not self.failed:
             return f"pass: all {len(self.checks)} checks ({about})"

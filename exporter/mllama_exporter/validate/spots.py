@@ -65,7 +65,7 @@ def _tower(model: ModelConfig) -> Iterator[Spot]:
             for branch, kind in (("attention", "self-attention"), ("mlp", "MLP")):
                 start, state = state, f"{tower}.{layer}.{branch}"
                 yield Spot(state, "vision", f"{title} layer {layer}", kind, start)
-    yield Spot("projector", "vision", "projector", "projection")
+    yield Spot("projector", "vision", "projector", "intermediate states and projection")
 
 
 def _decoder(model: ModelConfig) -> Iterator[Spot]:

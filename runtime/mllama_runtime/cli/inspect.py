@@ -19,8 +19,8 @@ from mllama_runtime.manifest import GraphSpec, Manifest, Quantization, TensorSpe
 
 Rows = list[tuple[str, ...]]
 _STATES: Mapping[VisionStates, str] = {
-    "published": "before each block, as Llama 3.2 Vision was trained",
-    "transformers-4.56": "after each block, as transformers since 4.56; published weights need the other",
+    "published": "before each listed block, as Llama 3.2 Vision was trained",
+    "transformers-4.56": "after each listed block, as in transformers since 4.56; wrong for the published weights",
 }
 
 

@@ -1,0 +1,1 @@
+"""Other people's implementations as judges, each in a Python environment of its own."""
