@@ -157,8 +157,8 @@ def _check_vision(vision: VisionConfig, need: _Need) -> None:
     need(vision.num_channels == 3, "vision.num_channels", "3", vision.num_channels)
     need(0 < vision.norm_eps < 1, "vision.norm_eps", "between 0 and 1", vision.norm_eps)
     taken = vision.intermediate_layers_indices
-    expected = f"increasing layers from 0 to {vision.num_layers - 1}"
-    need(_increasing(taken, vision.num_layers), "vision.intermediate_layers_indices", expected, taken)
+    expected = f"one or more increasing layers from 0 to {vision.num_layers - 1}"
+    need(bool(taken) and _increasing(taken, vision.num_layers), "vision.intermediate_layers_indices", expected, taken)
     ratios, tiles = vision.supported_aspect_ratios, vision.max_num_tiles
     right = bool(ratios) and len(set(ratios)) == len(ratios)
     right = right and all(high > 0 and wide > 0 and high * wide <= tiles for high, wide in ratios)

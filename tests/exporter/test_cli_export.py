@@ -114,6 +114,7 @@ SAVED_BY = {
     "saved today": ("5.23.0", (), "transformers 5.23.0 saved this checkpoint last."),
     "unknown": (None, (), None),
     "not a version": (["5.0"], (), None),
+    "a very long one": ("5." + "9" * 5000, (), f"transformers 5.{24 * '9'} saved this checkpoint last."),
     "another format": ("main", (), None),
     "chosen": ("5.23.0", ("--vision-states", "published"), None),
     "an adapter": (
@@ -138,7 +139,7 @@ def test_who_saved_a_checkpoint_is_noticed(
     else:
         (notice,) = notices
         assert notice.startswith(f"notice: {expected}")
-        assert notice.endswith(" too, and compare both with `mllama eval`.")
+        assert notice.endswith("compare both with `mllama eval`; for those trained with 4.55, neither is.")
         assert "--vision-states transformers-4.56" in notice
 
 
@@ -150,6 +151,9 @@ def test_lowered_indices_are_noticed(exporter: list[tuple[Any, ...]], tmp_path: 
     assert "one lower than published" in notice
     assert notice.endswith("Export with --vision-states transformers-4.56.")
     assert "notice: " not in run(tmp_path, "out", "--text-only").stderr
+    (tmp_path / "original").mkdir()
+    (tmp_path / "original" / "params.json").write_text("{}")
+    assert notice in run(tmp_path / "original", "out").stderr
 
 
 BARS = """

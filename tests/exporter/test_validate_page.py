@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -249,3 +250,10 @@ def test_the_drop_in_accuracy_is_checked_on_the_same_questions(bundle_of) -> Non
     assert accuracy_drops(manifest, [own, result("fp32", 1.0, sha256="1" * 64)]) == []
     assert accuracy_drops(manifest, [result("fp16", 0.5, bundle="another"), base]) == []
     assert PAGE_NAME.startswith("reports/")
+
+
+def test_results_of_other_semantics_are_no_baseline(bundle_of) -> None:
+    manifest = Bundle.open(bundle_of()).manifest
+    own = result("fp32", 0.99, bundle=manifest.name)
+    for other in ({"vision_states": "transformers-4.56"}, {"mask_semantics": "meta"}):
+        assert accuracy_drops(manifest, [own, replace(result("fp32", 1.0), **other)]) == []  # type: ignore[arg-type]

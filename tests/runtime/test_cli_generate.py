@@ -418,3 +418,17 @@ def test_a_failure_while_streaming_ends_the_line(files: Path, engine: Engine, mo
     result = run(*ASK, "--stream", *biased(engine, "s"))
     assert (result.exit_code, result.stdout) == (1, "s\n")
     assert result.stderr == "mllama: error: the model computed logits that cannot be sampled\n"
+
+
+def test_an_old_bundle_is_warned_of_once(bundle: Path, tmp_path: Path) -> None:
+    """Of schema version 3, whose vision states are wrong for the published weights; stdout has the answer alone."""
+    old = tmp_path / "old"
+    shutil.copytree(bundle, old)
+    manifest = json.loads((old / "manifest.json").read_text())
+    del manifest["vision_states"]
+    (old / "manifest.json").write_text(json.dumps(manifest | {"schema_version": 3}))
+    script = "from mllama_runtime.cli import main; main()"
+    command = [sys.executable, "-c", script, "generate", old, "--prompt", "Hi", "--max-new-tokens", "2", "--json"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
+    assert done.stderr.count("an older mllama-deploy made this bundle") == 1
+    assert json.loads(done.stdout)["text"]

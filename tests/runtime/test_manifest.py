@@ -267,6 +267,7 @@ MODEL = {
     ),
     "cross layer twice": (put("model/text/cross_attention_layers", [1, 1]), "cross_attention_layers"),
     "no cross layers": (put("model/text/cross_attention_layers", []), "cross_attention_layers"),
+    "no intermediate layer": (put("model/vision/intermediate_layers_indices", []), "expected one or more increasing"),
     "intermediate layer": (put("model/vision/intermediate_layers_indices", [3]), "intermediate_layers_indices"),
     "no canvas": (put("model/vision/supported_aspect_ratios", []), "supported_aspect_ratios"),
     "too many tiles": (put("model/vision/supported_aspect_ratios", [[2, 3]]), "canvases of 1 to 4 tiles"),

@@ -187,7 +187,12 @@ def report_from_bundle(
 
 
 def accuracy_drops(manifest: Manifest, results: Sequence[Result]) -> list[Check]:
-    """How far the bundle's own results are below FP32's on the same questions; the worst, if there are such pairs."""
+    """How far the bundle's own results are below FP32's on the same questions; the worst, if there are such pairs.
+
+    Both of the bundle's semantics: what a checkpoint scores with others says nothing of the precision.
+    """
+    semantics = (manifest.mask_semantics, manifest.vision_states)
+    results = [each for each in results if (each.mask_semantics, each.vision_states) == semantics]
     own = [each for each in results if (each.bundle, each.precision) == (manifest.name, manifest.precision)]
     pairs = [
         (base, each)

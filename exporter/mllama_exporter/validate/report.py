@@ -216,6 +216,8 @@ def _plain_result(result: Result) -> dict[str, object]:
     return {
         "bundle": result.bundle,
         "precision": result.precision,
+        "mask_semantics": result.mask_semantics,
+        "vision_states": result.vision_states,
         "metric": result.metric,
         "task": to_plain(result.task),
         "score": result.score,

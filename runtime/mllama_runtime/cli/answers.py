@@ -117,7 +117,7 @@ def engine_options(command: Decorated) -> Decorated:
 @contextmanager
 def open_engine(bundle: Path, **options: Any) -> Iterator[Engine]:
     """`Engine.load`, entered; a terminal says so while it takes its time."""
-    logging.getLogger("mllama_runtime").addHandler(logging.NullHandler())  # notices come with the answer
+    logging.getLogger("mllama_runtime.chat").addHandler(logging.NullHandler())  # notices come with the answer
     with _told("loading the bundle ..."):
         engine = Engine.load(bundle, **options).__enter__()
     with engine:

@@ -162,15 +162,14 @@ def _text(result: Result, baseline: Result | None, change: Difference | None, se
     width = max(len(name) for name, _, _ in rows)
     lines = [f"{name:<{width}}  {score:>8}  {count:>9}" for name, score, count in rows]
     low, high = result.interval
-    semantics = f"{result.mask_semantics} mask, {result.vision_states} vision states"
-    bundle = f"{result.bundle} ({result.precision}, {semantics}, {result.backend})"
+    bundle = f"{result.bundle} ({_kind(result)}, {result.backend})"
     lines.append(
         f"{bundle}: {result.metric} {result.score:.2%} (95% {result.interval_kind} interval {low:.2%} to {high:.2%})"
     )
     if baseline is not None and change is not None:
         low, high = (100 * end for end in change.interval)
         lines.append(
-            f"against {baseline.bundle} ({baseline.precision}, {baseline.score:.2%}): {100 * change.score:+.2f} points "
+            f"against {baseline.bundle} ({_kind(baseline)}, {baseline.score:.2%}): {100 * change.score:+.2f} points "
             f"(95% paired {change.interval_kind} interval {low:+.2f} to {high:+.2f}); "
             f"{change.num_scores_changed} scores changed"
         )
@@ -178,3 +177,7 @@ def _text(result: Result, baseline: Result | None, change: Difference | None, se
         f"{len(result.questions)} questions in {seconds:.1f} s, {len(result.questions) / seconds:.1f} a second"
     )
     return "\n".join(printable(line) for line in lines)
+
+
+def _kind(result: Result) -> str:
+    return f"{result.precision}, {result.mask_semantics} mask, {result.vision_states} vision states"
