@@ -57,9 +57,8 @@ def questions_of(shared: Path) -> Callable[[str, int], Path]:
 def bundle_of(shared: Path, questions_of: Callable[[str, int], Path]) -> BundleOf:
     """`bundle_of(precision, mask_semantics, vision, vision_states)`: the miniature's bundle; copy it to damage it.
 
-    It is made once a run.
-
-    Quantised precisions are made from the FP16 bundle; with `vision` its vision graph is quantised too.
+    It is made once a run. Quantized precisions are made from the FP16 bundle; with `vision` its vision graph is
+    quantized too.
     """
 
     def make(precision: str, mask_semantics: str, vision: str | None, vision_states: str, output: Path) -> None:

@@ -1,7 +1,7 @@
 """The vision graph's module: tiles of pictures -> keys and values of every cross-attention layer.
 
 Tower, projector, K/V projections and key norm are one graph, because their result is per picture and not per token.
-Reference for the behaviour: Meta's VisionEncoder (package llama-models) and transformers' MllamaTextCrossAttention.
+Reference for the behavior: Meta's VisionEncoder (package llama-models) and transformers' MllamaTextCrossAttention.
 
 Dimensions: I images, T max_num_tiles, P num_patches, Q num_patches rounded up to a multiple of 8, V vision hidden size,
 H heads, G key/value heads, D head_dim, E text hidden size.

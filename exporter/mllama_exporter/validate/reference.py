@@ -140,7 +140,7 @@ class ReferenceModel:
                     f"transformers {transformers.__version__} cannot load this checkpoint",
                     where=folder,
                     found=f"{type(error).__name__}: {error}",
-                    hint='a newer transformers may have saved it: pip install --upgrade "mllama-deploy[export]"',
+                    hint="a newer transformers may have saved it: pip install --upgrade transformers",
                 ) from error
         if vision_states is not None and vision_states != installed_states():
             take_states(self._model.model.vision_model, vision_states)
